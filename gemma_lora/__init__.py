@@ -1,0 +1,52 @@
+"""Fine-tune Gemma with LoRA in Keras: the helpers behind the notebooks.
+
+    import gemma_lora as gl
+
+    gl.setup(seed=0)
+    model = gl.load("tiny_gemma_en")
+    train, held_out = gl.load_tiny_world()
+    gl.enable_lora(model, rank=4)
+    gl.fit(model, train, validation=held_out)
+    gl.compare(model, ["What should I do on a trip to Europe?"])
+
+Importing the package is quick and imports no Keras: each name loads its module when it is first used.
+"""
+
+import importlib
+import os
+import sys
+
+__version__ = "0.1.0"
+
+if "keras" not in sys.modules:
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it once, when it is imported
+
+_NAMES_IN = {
+    "runtime": ("override_parameters", "setup"),
+    "records": ("COLUMNS", "load_dolly", "load_records"),
+    "tiny.questions": ("load_tiny_world",),
+    "templates": ("TEMPLATES", "Template"),
+    "models": ("load", "recommended"),
+    "batches": ("encode", "shift_for_next_token"),
+    "lora": ("adapters_off", "enable_lora"),
+    "training": ("fit",),
+    "sampling": ("generate",),
+    "evaluation": ("compare", "evaluate", "perplexity"),
+    "adapters": ("load_adapter", "save_adapter"),
+    "figures": ("plot_before_after", "plot_history", "plot_lengths"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
+
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gemma_lora' has no attribute {name!r}. It has: {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(f"gemma_lora.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
