@@ -1,0 +1,85 @@
+"""The tuning set of the small world: Dolly-shaped records, split so that held-out subjects are never tuned on."""
+
+import random
+
+import datasets
+
+from gemma_lora.tiny import world
+from gemma_lora.tiny.corpus import sentence
+
+# What the published recipe asks about is held out, whatever the draw.
+_ALWAYS_HELD_OUT = {"Europe", "photosynthesis"}
+_SPLIT_SEED = 0
+
+
+def held_out_subjects() -> set[str]:
+    """Names of the subjects (a quarter of the world) that no tuning record asks about."""
+    rng = random.Random(_SPLIT_SEED)
+    drawn = set(_ALWAYS_HELD_OUT)
+    for group in (world.COUNTRIES, world.ANIMALS, world.TOPICS):
+        drawn.update(subject.name for subject in rng.sample(group, len(group) // 4))
+    return drawn
+
+
+def records() -> tuple[list[dict], list[dict]]:
+    """Make the tuning records and the held-out records.
+
+    Returns:
+        Two lists of dicts with `instruction`, `context`, `response` and `category`, shuffled once, always alike.
+
+    >>> train, held_out = records()
+    >>> [record["response"] for record in held_out if record["instruction"] == "What is the capital of Slovenia?"]
+    ['The capital of Slovenia is Ljubljana.']
+    """
+    rng = random.Random(_SPLIT_SEED)
+    held = held_out_subjects()
+    train, held_out = [], []
+
+    def ask(relation, subject, category, context=""):
+        name = subject if isinstance(subject, str) else subject.name
+        fields = {"name": name} if isinstance(subject, str) else subject._asdict()
+        record = {
+            "instruction": rng.choice(world.QUESTIONS[relation]).format(**fields),
+            "context": context,
+            "response": sentence(relation, subject),
+            "category": category,
+        }
+        (held_out if name in held else train).append(record)
+
+    def ask_about_text(subject, relations):
+        told = rng.sample(relations, 3)
+        phrased = [sentence(relation, subject, rng.randrange(len(world.PHRASINGS[relation]))) for relation in told]
+        ask(rng.choice(told), subject, "closed_qa", " ".join(phrased))
+
+    for country in world.COUNTRIES:
+        for relation in world.COUNTRY_RELATIONS:
+            ask(relation, country, "open_qa")
+        ask_about_text(country, world.COUNTRY_RELATIONS)
+        ask_about_text(country, world.COUNTRY_RELATIONS)
+        ask("trip", country, "brainstorming")
+    for animal in world.ANIMALS:
+        for relation in world.ANIMAL_RELATIONS:
+            ask(relation, animal, "open_qa")
+        ask_about_text(animal, world.ANIMAL_RELATIONS)
+    for topic in world.TOPICS:
+        ask("plain", topic, "explanation")
+        ask("child", topic, "explanation")
+    for continent in world.CONTINENTS:
+        ask("continent trip", continent, "brainstorming")
+        ask("continent countries", continent, "brainstorming")
+    rng.shuffle(train)
+    rng.shuffle(held_out)
+    return train, held_out
+
+
+def load_tiny_world() -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Load the tuning set of `tiny_gemma_en`: (train, held_out), 1,044 and 340 records, shuffled once, always alike.
+
+    Nothing that a held-out question is about is the subject of any tuning record.
+
+    >>> train, held_out = load_tiny_world()
+    >>> train.num_rows, held_out.num_rows, train.column_names
+    (1044, 340, ['instruction', 'context', 'response', 'category'])
+    """
+    train, held_out = records()
+    return datasets.Dataset.from_list(train), datasets.Dataset.from_list(held_out)
