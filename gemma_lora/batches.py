@@ -1,0 +1,182 @@
+"""From records to batches: token ids, targets, and a weight for each target."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import sentencepiece
+
+from gemma_lora.models import state_of
+from gemma_lora.runtime import quiet
+from gemma_lora.templates import Template, get_template, text_pieces
+
+SHAPE_STEP = 32  # lengths are padded to multiples of this many tokens
+
+
+class Example(NamedTuple):
+    """One training row: three lists of equal length."""
+
+    inputs: list[int]
+    targets: list[int]
+    weights: list[int]
+
+
+def shift_for_next_token(prompt: list[int], response: list[int], *, loss_on: str = "response") -> Example:
+    """Turn a prompt and its response into inputs, targets and loss weights.
+
+    >>> shift_for_next_token([2, 7, 8], [9, 1])
+    Example(inputs=[2, 7, 8, 9], targets=[7, 8, 9, 1], weights=[0, 0, 1, 1])
+
+    The weight of a target is 1 where it belongs to the response, or everywhere with `loss_on="all"`. All three have
+    shape (len(prompt) + len(response) - 1,).
+    """
+    ids = prompt + response
+    learned = len(prompt) - 1 if loss_on == "response" else 0
+    return Example(ids[:-1], ids[1:], [0] * learned + [1] * (len(ids) - 1 - learned))
+
+
+class Tokenizer:
+    """A model's SentencePiece vocabulary, used directly: the same on every version of KerasHub, and quick."""
+
+    def __init__(self, model):
+        keras_tokenizer = getattr(model.preprocessor, "tokenizer", None)
+        if keras_tokenizer is None or not getattr(keras_tokenizer, "proto", None):
+            raise ValueError("The model has no SentencePiece tokenizer: load it with gl.load(), preprocessor included.")
+        with quiet():
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=keras_tokenizer.proto)
+        self.bos_id, self.pad_id = keras_tokenizer.start_token_id, keras_tokenizer.pad_token_id
+
+    def encode(self, pieces: list[str]) -> list[int]:
+        """Encode each piece by itself and join the ids. Nothing is added."""
+        return [token for ids in self._pieces.encode(pieces) for token in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids into text; control tokens vanish."""
+        return self._pieces.decode([int(token) for token in ids])
+
+    def id_of(self, token: str) -> int:
+        """The id of a control token such as `<eos>`."""
+        token_id = self._pieces.piece_to_id(token)
+        if token_id == self._pieces.unk_id() and token != "<unk>":
+            raise ValueError(f"The model's vocabulary has no token {token!r}; choose another template.")
+        return token_id
+
+    def prompt(self, template: str | Template | None, record: str | Mapping[str, str]) -> list[int]:
+        """Encode `<bos>` and the rendered prompt; with `template=None`, the text as it stands."""
+        pieces = text_pieces(record) if template is None else get_template(template).pieces(record)
+        return [self.bos_id, *self.encode(pieces)]
+
+
+def tokenizer_of(model) -> Tokenizer:
+    """The model's `Tokenizer`, made once."""
+    state = state_of(model)
+    state.tokenizer = state.tokenizer or Tokenizer(model)
+    return state.tokenizer
+
+
+@dataclass
+class Encoded:
+    """Encoded records; of how many the response was cut to fit, and how many a too long prompt left out."""
+
+    examples: list[Example]
+    pad_id: int
+    truncated: int = 0
+    dropped: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Real tokens in each row: int array of shape (rows,)."""
+        return np.array([len(example.inputs) for example in self.examples])
+
+
+def encode(
+    model, records: Iterable[Mapping[str, str]], *, template="recipe", sequence_length=256, loss_on="response"
+) -> Encoded:
+    """Encode records for training. Every response ends in the template's end token, and that is learned.
+
+    A response that is too long is cut so that the end token still fits, as KerasHub's own packer does.
+
+    Args:
+        model: The model whose vocabulary to use.
+        records: Dicts with instruction, context and response, such as a `datasets.Dataset`.
+        template: Name of a template, or a `Template`.
+        sequence_length: Most input tokens a row may have.
+        loss_on: "response", or "all" to learn the prompt too, as the published recipe does.
+
+    Raises:
+        ValueError: No row has room for a response.
+    """
+    if loss_on not in ("response", "all"):
+        raise ValueError(f'loss_on is "response" or "all". Received: {loss_on!r}')
+    if not isinstance(sequence_length, int) or sequence_length < 2:
+        raise ValueError(f"sequence_length counts tokens, 2 or more. Received: {sequence_length!r}")
+    tokenizer, template = tokenizer_of(model), get_template(template)
+    end = tokenizer.id_of(template.end)
+    encoded = Encoded([], tokenizer.pad_id)
+    for record in records:
+        prompt, response = tokenizer.prompt(template, record), tokenizer.encode(text_pieces(record["response"]))
+        room = sequence_length - len(prompt)  # the end token is only ever a target, so it needs no room
+        if room < 1:
+            encoded.dropped += 1
+            continue
+        encoded.truncated += len(response) > room
+        encoded.examples.append(shift_for_next_token(prompt, [*response[:room], end], loss_on=loss_on))
+    if not encoded.examples:
+        raise ValueError(
+            f"Of {encoded.dropped:,} rows, none leaves room for a response within sequence_length={sequence_length}. "
+            "Raise sequence_length, shorten the prompts, or look at what the rows hold."
+        )
+    return encoded
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches for Keras, of few shapes: rows of like length together, every row exactly once an epoch.
+
+    Each batch is `({"token_ids", "padding_mask"}, targets, weights)`, int32, int32, int32 and float32 of shape
+    (batch_size, length), where length is one of `lengths`. A batch that the rows do not fill is filled up with
+    rows of weight 0, so that no further shape needs compiling.
+
+    With a `seed`, rows and batches are shuffled anew each epoch; None keeps their order.
+    """
+
+    def __init__(self, encoded: Encoded, *, batch_size: int, seed: int | None = None):
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size counts rows, 1 or more. Received: {batch_size!r}")
+        self._encoded, self._batch_size = encoded, batch_size
+        self._rng = None if seed is None else np.random.default_rng(seed)
+        lengths = encoded.lengths
+        # Two shapes: one that fits nine rows in ten, one that fits all.
+        self.lengths = sorted({_round_up(np.quantile(lengths, 0.9)), _round_up(lengths.max())})
+        self._bucket = np.searchsorted(self.lengths, lengths)
+        self.on_epoch_end()
+
+    def on_epoch_end(self):
+        """Draw the next epoch's order."""
+        shuffled = (lambda n: np.arange(n)) if self._rng is None else self._rng.permutation
+        rows, size, order = shuffled(len(self._bucket)), self._batch_size, []
+        for bucket in range(len(self.lengths)):
+            members = rows[self._bucket[rows] == bucket]
+            order += [(bucket, members[i : i + size]) for i in range(0, len(members), size)]
+        self._order = [order[i] for i in shuffled(len(order))]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int):
+        bucket, rows = self._order[index]
+        shape = (self._batch_size, self.lengths[bucket])
+        token_ids, targets = (np.full(shape, self._encoded.pad_id, "int32") for _ in range(2))
+        mask, weights = np.zeros(shape, "int32"), np.zeros(shape, "float32")
+        for i, row in enumerate(rows):
+            example = self._encoded.examples[row]
+            size = len(example.inputs)
+            token_ids[i, :size], targets[i, :size], weights[i, :size] = example
+            mask[i, :size] = 1
+        return {"token_ids": token_ids, "padding_mask": mask}, targets, weights
+
+
+def _round_up(length: float) -> int:
+    return int(-(-length // SHAPE_STEP) * SHAPE_STEP)

@@ -1,0 +1,133 @@
+"""Measure a model on what it has not seen, and show base and tuned side by side."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gemma_lora.batches import Batches, Encoded, encode, shift_for_next_token, tokenizer_of
+from gemma_lora.lora import adapters_off, lora_layers
+from gemma_lora.models import state_of
+from gemma_lora.sampling import generate, template_of
+from gemma_lora.tables import ShowsAsTable, Table
+from gemma_lora.templates import text_pieces
+from gemma_lora.training import trainer_of
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(ShowsAsTable):
+    """What `evaluate` measured. Shows as a table.
+
+    Attributes:
+        loss: Mean cross-entropy of the response tokens, end token included, in nats a token.
+        token_accuracy: Share of those tokens that are the most likely one.
+        right, asked: For each category, answers right word for word, and questions asked; empty if none were.
+        answers: The answers, in the order of the records.
+    """
+
+    loss: float
+    token_accuracy: float
+    right: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    def share(self, *categories: str) -> float:
+        """Share of right answers over some categories, or over all.
+
+        >>> Evaluation(0.5, 0.9, right={"open_qa": 9, "other": 0}, asked={"open_qa": 10, "other": 10}).share("open_qa")
+        0.9
+        """
+        chosen = categories or tuple(self.asked)
+        if unknown := set(chosen) - set(self.asked):
+            raise ValueError(f"No question of category {sorted(unknown)} was asked; there are: {sorted(self.asked)}.")
+        return sum(self.right[name] for name in chosen) / sum(self.asked[name] for name in chosen)
+
+    def table(self) -> Table:
+        """A row for each category, under a caption with the loss."""
+        rows = [
+            {"category": name, "asked": asked, "right": self.right[name], "share": f"{self.share(name):.1%}"}
+            for name, asked in self.asked.items()
+        ]
+        caption = f"loss {self.loss:.3f} a token, perplexity {self.perplexity:.2f}, accuracy {self.token_accuracy:.1%}"
+        return Table(rows, caption=caption + ("; answers right word for word:" if rows else ""))
+
+
+def evaluate(model, records, *, answers: bool | None = None, template=None) -> Evaluation:
+    """Measure loss per real token on records, and the share of answers that are right word for word.
+
+    Args:
+        model: With or without adapters.
+        records: Held-out records.
+        answers: Whether to ask every question (greedy) and compare the answers. None asks where exact answers can be
+            expected: on the small world.
+        template: As in `fit`. None means the template of training, or the one recommended for the model.
+    """
+    state = state_of(model)
+    template = template_of(model) if template is None else template
+    length = (state.run or {}).get("sequence_length", state.settings.sequence_length)
+    loss, accuracy = _measure(model, encode(model, records, template=template, sequence_length=length))
+    if not (state.settings.exact_answers if answers is None else answers):
+        return Evaluation(loss, accuracy)
+    given = generate(model, list(records), template=template)
+    asked, right = Counter(), Counter()
+    for record, answer in zip(records, given, strict=True):
+        category = record.get("category") or "all"
+        asked[category] += 1
+        right[category] += answer.split() == record["response"].split()
+    order = [name for name, _ in asked.most_common()]
+    return Evaluation(loss, accuracy, {c: right[c] for c in order}, {c: asked[c] for c in order}, given)
+
+
+def perplexity(model, texts: Sequence[str]) -> float:
+    """Perplexity per token of plain texts, without a template: what tuning costs a model in what it knew before.
+
+    Each text is read from `<bos>` to `<eos>` and cut to the recommended sequence length.
+    """
+    tokenizer, length = tokenizer_of(model), state_of(model).settings.sequence_length
+    end = tokenizer.id_of("<eos>")
+    examples = [
+        shift_for_next_token([tokenizer.bos_id], [*tokenizer.encode(text_pieces(text)), end][:length])
+        for text in texts
+        if text.strip()
+    ]
+    if not examples:
+        raise ValueError("There is no text to measure.")
+    return math.exp(_measure(model, Encoded(examples, tokenizer.pad_id))[0])
+
+
+def _measure(model, encoded: Encoded) -> tuple[float, float]:
+    """Loss and accuracy per token that counts."""
+    batches = Batches(encoded, batch_size=state_of(model).settings.batch_size)
+    logs = trainer_of(model).evaluate(batches, verbose=0, return_dict=True)
+    return float(logs["loss"]), float(logs["accuracy"])
+
+
+def compare(
+    model, prompts: Sequence[str | Mapping], *, sampler="greedy", seed: int | None = None, max_new_tokens=None
+) -> Table:
+    """Ask base and tuned the same, with the same sampler and seed, from one loaded model. The options are `generate`'s.
+
+    Returns:
+        A table with the columns prompt, base, tuned, and response where records have one.
+    """
+    if not lora_layers(model):
+        raise ValueError(
+            "The model has no adapters, so there is nothing to compare. Call gl.enable_lora() and gl.fit()."
+        )
+    prompts = [prompts] if isinstance(prompts, str | Mapping) else prompts
+    options = {"sampler": sampler, "seed": seed, "max_new_tokens": max_new_tokens}
+    tuned = generate(model, prompts, **options)
+    with adapters_off(model):
+        base = generate(model, prompts, **options)
+    rows = []
+    for prompt, before, after in zip(prompts, base, tuned, strict=True):
+        row = {"prompt": prompt if isinstance(prompt, str) else prompt["instruction"], "base": before, "tuned": after}
+        if isinstance(prompt, Mapping) and prompt.get("response"):
+            row["response"] = prompt["response"]
+        rows.append(row)
+    return Table(rows, width=40)

@@ -1,0 +1,187 @@
+"""Put low-rank adapters on a model's layers, count them, and switch them off and on.
+
+LoRA (Hu et al., 2021, arXiv:2106.09685) keeps a weight W frozen and learns its update as a product of two thin
+matrices: W + (alpha / rank) A B. Keras calls A and B `lora_kernel_a` and `lora_kernel_b`.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import keras
+
+from gemma_lora import runtime
+from gemma_lora.models import state_of
+from gemma_lora.tables import ShowsAsTable, Table
+
+ALL_LINEAR = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+TARGETS = {"query_value": ("query", "value"), "all_linear": ALL_LINEAR}
+
+
+@dataclass(frozen=True, repr=False)
+class LoraSummary(ShowsAsTable):
+    """What `enable_lora` did. Shows as a table.
+
+    `layers` and `parameters` count, for each target, layers with an adapter and their trainable parameters;
+    `base_parameters` counts the model without adapters.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    seed: int
+    layers: dict[str, int]
+    parameters: dict[str, int]
+    base_parameters: int
+
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters in all."""
+        return sum(self.parameters.values())
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters as a share of all, adapters included."""
+        return self.trainable / (self.base_parameters + self.trainable)
+
+    def table(self) -> Table:
+        """A row for each target, and their sum."""
+        rows = [{"target": n, "layers": self.layers[n], "parameters": self.parameters[n]} for n in self.targets]
+        rows.append({"target": "all", "layers": sum(self.layers.values()), "parameters": self.trainable})
+        caption = (
+            f"LoRA of rank {self.rank}, alpha {self.alpha:g}: {self.trainable:,} trainable parameters beside "
+            f"{self.base_parameters:,} frozen ones, {self.share:.3%} of all"
+        )
+        return Table(rows, caption=caption)
+
+
+def linear_layers(model) -> dict[str, keras.Layer]:
+    """All layers that can take an adapter, by path within the model, such as "decoder_block_0/attention/query"."""
+    found = {}
+    for block in model.backbone.transformer_layers:
+        for layer in block._flatten_layers():
+            if layer.name in ALL_LINEAR and hasattr(layer, "enable_lora"):
+                inner = "attention/" if layer.name in ALL_LINEAR[:4] else ""
+                found[f"{block.name}/{inner}{layer.name}"] = layer
+    return found
+
+
+def lora_layers(model) -> dict[str, keras.Layer]:
+    """The layers that have an adapter, by path."""
+    return {path: layer for path, layer in linear_layers(model).items() if layer.lora_enabled}
+
+
+def adapter_weights(model) -> list[keras.Variable]:
+    """A and B of each layer that has an adapter."""
+    return [weight for layer in lora_layers(model).values() for weight in (layer.lora_kernel_a, layer.lora_kernel_b)]
+
+
+def enable_lora(
+    model, *, rank: int = 4, targets="query_value", alpha: float | None = None, seed: int | None = None
+) -> LoraSummary:
+    """Freeze a model and put low-rank adapters on some of its layers.
+
+    B starts at zero, so no output changes. Called again with the same options, it only freezes the base anew.
+
+    Args:
+        model: A causal language model from `gl.load`.
+        rank: Rank of the update. Keras gives each query head an A of its own, so a query layer's update, flattened to
+            a matrix, reaches rank * heads.
+        targets: "query_value" (the published recipe), "all_linear", or a list of layer names.
+        alpha: The update is scaled by alpha / rank. None means alpha = rank, a scale of 1, as in the recipe.
+        seed: Draws A, by He's uniform initializer. None means the seed of `gl.setup`.
+
+    Raises:
+        ValueError: An unknown target, a rank below 1, or adapters with other options are there already.
+    """
+    state = state_of(model)
+    layers = linear_layers(model)
+    names = _resolve(targets, sorted({layer.name for layer in layers.values()}, key=ALL_LINEAR.index))
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank is a whole number, 1 or more. Received: rank={rank!r}")
+    alpha = float(rank if alpha is None else alpha)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r}")
+    if (present := {layer.name for layer in lora_layers(model).values()}) and state.lora is None:
+        raise ValueError(f"The model has adapters on {sorted(present)} that gl did not make. Load the model again.")
+    if state.lora is not None:
+        old = state.lora
+        if (old.rank, old.alpha, old.targets) != (rank, alpha, names) or seed not in (None, old.seed):
+            raise ValueError(
+                f"The model has adapters already: rank={old.rank}, alpha={old.alpha:g}, targets={list(old.targets)}, "
+                f"seed={old.seed}. To start afresh with others, load the model again: model = gl.load(...)."
+            )
+        _freeze_base(model)
+        return old
+
+    seed = runtime.default_seed if seed is None else seed
+    base = model.count_params()
+    for index, layer in enumerate(layers.values()):
+        if layer.name in names:
+            initializer = keras.initializers.HeUniform(seed=1000 * seed + index)  # every layer draws its own A
+            with _float32_adapters(layer):
+                layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
+    _freeze_base(model)
+    layer_counts, parameters = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for layer in lora_layers(model).values():
+        layer_counts[layer.name] += 1
+        parameters[layer.name] += math.prod(layer.lora_kernel_a.shape) + math.prod(layer.lora_kernel_b.shape)
+    state.lora = LoraSummary(rank, alpha, names, seed, layer_counts, parameters, base)
+    return state.lora
+
+
+def _resolve(targets, present: list[str]) -> tuple[str, ...]:
+    names = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else tuple(targets)
+    for name in names:
+        if name not in present:
+            close = difflib.get_close_matches(str(name), [*present, *TARGETS], n=1)
+            raise ValueError(
+                f"No layer is named {name!r}. This model's LoRA targets are: {', '.join(present)}; or "
+                f"{', '.join(TARGETS)} for a usual choice of them." + (f" Did you mean {close[0]!r}?" if close else "")
+            )
+    if not names:
+        raise ValueError(f"targets names at least one layer, of: {', '.join(present)}. Received: {targets!r}")
+    return tuple(name for name in present if name in names)
+
+
+@contextmanager
+def _float32_adapters(layer) -> Iterator[None]:
+    """Keras before 3.15 gives adapters the layer's own dtype, which is too coarse to learn in if that is bfloat16."""
+    policy = layer.dtype_policy
+    if policy.name in ("bfloat16", "float16"):
+        layer.dtype_policy = keras.DTypePolicy(f"mixed_{policy.name}")
+    try:
+        yield
+    finally:
+        layer.dtype_policy = policy
+
+
+def _freeze_base(model) -> None:
+    model.trainable = True  # a frozen parent would hide its adapters
+    adapters = {id(weight) for weight in adapter_weights(model)}
+    for variable in model.variables:
+        variable.trainable = id(variable) in adapters
+
+
+@contextmanager
+def adapters_off(model) -> Iterator[None]:
+    """Within this context the model is its base again, exactly, and nothing is compiled anew.
+
+    Every B is set to zero, and put back at the end.
+
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> _ = enable_lora(model)
+    >>> with adapters_off(model):
+    ...     answer = gl.generate(model, "What is the capital of Slovenia?")
+    """
+    kept = [(layer.lora_kernel_b, keras.ops.copy(layer.lora_kernel_b.value)) for layer in lora_layers(model).values()]
+    for b, _ in kept:
+        b.assign(keras.ops.zeros(b.shape, b.dtype))
+    try:
+        yield
+    finally:
+        for b, value in kept:
+            b.assign(value)

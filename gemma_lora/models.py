@@ -1,0 +1,109 @@
+"""Load a Gemma by name, and know what is recommended for it."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import keras_hub
+
+from gemma_lora.runtime import quiet
+
+TINY = "tiny_gemma_en"
+_TINY_FOLDER = Path(__file__).parent / "tiny" / TINY
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the helpers use where nothing else is asked for. The defaults are the published recipe's."""
+
+    template: str = "recipe"
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    batch_size: int = 1
+    sequence_length: int = 256
+    max_new_tokens: int = 256
+    dtype: str = "float32"
+    exact_answers: bool = False  # whether answers can be right word for word
+
+
+# Settings by model. The learning rate of the small model was chosen on its tuning records: README, "Results".
+_SETTINGS = {TINY: Settings(learning_rate=1e-2, batch_size=8, max_new_tokens=64, exact_answers=True)}
+
+
+@dataclass
+class State:
+    """What the library remembers of a model, as its attribute `gemma_lora`."""
+
+    preset: str
+    settings: Settings
+    lora: Any = None  # the summary of enable_lora
+    run: dict | None = None  # the record of the last training run
+    tokenizer: Any = None
+    trainer: Any = None
+    samplers: dict = field(default_factory=dict)
+
+
+def recommended(model) -> Settings:
+    """The settings for a model, or for a preset's name: one table for all helpers.
+
+    >>> recommended("tiny_gemma_en").learning_rate, recommended("gemma_2b_en").learning_rate
+    (0.01, 5e-05)
+    >>> recommended("gemma_instruct_2b_en").template
+    'turns'
+    """
+    if not isinstance(model, str):
+        return state_of(model).settings
+    name = Path(model).name
+    settings = _SETTINGS.get(name, Settings())
+    return replace(settings, template="turns") if "instruct" in name or "_it_" in name else settings
+
+
+def state_of(model) -> State:
+    """What the library remembers of a model; made anew for a model that it did not load itself."""
+    if not isinstance(model, keras_hub.models.CausalLM):
+        raise TypeError(
+            f"The model is a keras_hub causal language model, as gl.load() returns it. Received: {type(model).__name__}"
+        )
+    if not hasattr(model, "gemma_lora"):
+        model.gemma_lora = State(preset=model.name, settings=recommended(model.name))
+    return model.gemma_lora
+
+
+def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.models.CausalLM:
+    """Load a model and its tokenizer.
+
+    Args:
+        preset: "tiny_gemma_en", the small teaching model that is part of this package; the name of a KerasHub preset
+            such as "gemma_2b_en" or "gemma2_2b_en"; a handle such as "kaggle://..." or "hf://..."; or a folder that
+            holds a saved preset.
+        dtype: "float32", "bfloat16" or another Keras dtype policy. None takes what `recommended` says.
+
+    Raises:
+        ValueError: There is no preset or folder of that name.
+        RuntimeError: The preset exists but could not be fetched: no access, no consent, no network.
+    """
+    name = str(preset)
+    folder = _TINY_FOLDER if name == TINY else Path(name).expanduser()
+    is_folder = folder.is_dir()
+    if is_folder and not (folder / "config.json").is_file():
+        raise ValueError(f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?")
+    known = keras_hub.models.CausalLM.presets
+    if not is_folder and name not in known and "/" not in name:
+        gemmas = ", ".join(sorted(known_name for known_name in known if known_name.startswith("gemma")))
+        raise ValueError(f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub.")
+    settings = recommended(name)
+    try:
+        with quiet():
+            source = str(folder) if is_folder else name
+            model = keras_hub.models.CausalLM.from_preset(source, dtype=dtype or settings.dtype)
+    except Exception as error:
+        if is_folder:
+            raise
+        raise RuntimeError(
+            f"Could not fetch {name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+            "Gemma's weights need a Kaggle account, one click of consent on the model's page on kaggle.com/models, and "
+            "a token in KAGGLE_USERNAME and KAGGLE_KEY (Colab: the key symbol on the left). Without them, "
+            f'gl.load("{TINY}") needs nothing.'
+        ) from error
+    model.gemma_lora = State(preset=name, settings=settings)
+    return model

@@ -1,0 +1,180 @@
+"""Train the adapters: loss and accuracy per real token, validation, and a record of what was run."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import keras
+from keras import ops
+
+from gemma_lora import runtime
+from gemma_lora.batches import Batches, encode
+from gemma_lora.lora import adapter_weights
+from gemma_lora.models import state_of
+from gemma_lora.templates import get_template
+
+
+class TokenTrainer(keras.Model):
+    """A model's own layers, trained on the mean over tokens that count.
+
+    Keras's compiled losses average over padding too. Here the loss of a batch, and the epoch's loss and accuracy, are
+    sum(weight * value) / sum(weight), in nats a token.
+    """
+
+    def __init__(self, model):
+        super().__init__(inputs=model.input, outputs=model.output)
+        self._token_metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
+
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """Loss and accuracy over all the tokens of an epoch that count."""
+        return self._token_metrics
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Cross-entropy in nats for each token that counts."""
+        logits = ops.cast(y_pred, "float32")
+        losses = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+        hits = ops.cast(ops.equal(ops.argmax(logits, axis=-1), ops.cast(y, "int32")), "float32")
+        for metric, values in zip(self._token_metrics, (losses, hits), strict=True):
+            metric.update_state(values, sample_weight=sample_weight)
+        return ops.sum(losses * sample_weight) / ops.maximum(ops.sum(sample_weight), 1.0)
+
+
+def trainer_of(model) -> TokenTrainer:
+    """The model's trainer: one a model, so that what it compiled is used again."""
+    state = state_of(model)
+    if state.trainer is None:
+        state.trainer = TokenTrainer(model)
+        state.trainer.compile()
+    return state.trainer
+
+
+def fit(
+    model,
+    train,
+    *,
+    validation=None,
+    template=None,
+    epochs: int = 1,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    loss_on: str = "response",
+    seed: int | None = None,
+    callbacks=(),
+    verbose="auto",
+) -> keras.callbacks.History:
+    """Train a model's adapters on records, and nothing else of it: a base that would train too is a ValueError.
+
+    What is left open is taken from `recommended(model)`, and shown in the first line. The published recipe is
+    `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends the run after the step at hand
+    and leaves a usable model and its history.
+
+    Args:
+        model: A model with adapters, from `enable_lora`.
+        train: Records to learn from.
+        validation: Records to measure the loss on after each epoch.
+        template: Name of a template or a `Template`; prompts are rendered by it in training and, later, in `generate`.
+        epochs: How often every record is learned from.
+        batch_size: Records a step.
+        sequence_length: Most tokens of prompt and response together; longer responses are cut, and counted.
+        learning_rate, weight_decay: Of AdamW; biases and norm scales are not decayed, as in the recipe.
+        loss_on: "response", or "all" to learn the prompt too.
+        seed: Order of the records. None means the seed of `gl.setup`.
+        callbacks, verbose: As in Keras `fit`; the callbacks' `model` is the trainer, which has the model's own layers.
+
+    Returns:
+        A Keras `History`: `loss` and `accuracy` per real token that counts, `val_loss` and `val_accuracy` likewise.
+    """
+    state = state_of(model)
+    given = {"template": template, "batch_size": batch_size, "sequence_length": sequence_length}
+    given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    settings = replace(state.settings, **{name: value for name, value in given.items() if value is not None})
+    seed = runtime.default_seed if seed is None else seed
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
+    check_only_adapters_train(model)
+
+    options = {"template": settings.template, "sequence_length": settings.sequence_length, "loss_on": loss_on}
+    encoded = encode(model, train, **options)
+    batches = Batches(encoded, batch_size=settings.batch_size, seed=seed)
+    held_out = encode(model, validation, **options) if validation is not None and len(validation) else None
+    run = {
+        "rows": len(encoded.examples),
+        "tokens": int(encoded.lengths.sum()),
+        "epochs": epochs,
+        **{name: getattr(settings, name) for name in given},
+        "template": get_template(settings.template).name,
+        "loss_on": loss_on,
+        "seed": seed,
+    }
+    if verbose != 0:
+        print(f"One epoch is {len(batches):,} steps. " + ", ".join(f"{name}={value}" for name, value in run.items()))
+        for name, part in (("training", encoded), ("validation", held_out)):
+            if part is not None and (part.truncated or part.dropped):
+                print(
+                    f"Of the {name} records, {part.truncated:,} were cut to {settings.sequence_length} tokens and "
+                    f"{part.dropped:,} left out, as their prompt alone is longer."
+                )
+
+    optimizer = keras.optimizers.AdamW(settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
+    trainer = trainer_of(model)
+    trainer.compile(optimizer=optimizer)
+    start = time.monotonic()
+    with _stop_after_step(trainer):
+        history = trainer.fit(
+            batches,
+            validation_data=None if held_out is None else Batches(held_out, batch_size=settings.batch_size),
+            epochs=epochs,
+            callbacks=list(callbacks),
+            verbose=verbose,
+        )
+    state.run = run | {
+        "template": get_template(settings.template),
+        "epochs": len(history.epoch),
+        "truncated": encoded.truncated,
+        "dropped": encoded.dropped,
+        "seconds": round(time.monotonic() - start, 1),
+        "history": {name: [float(value) for value in values] for name, values in history.history.items()},
+    }
+    return history
+
+
+def check_only_adapters_train(model) -> None:
+    """Raise a ValueError unless the model's trainable weights are its adapters, all of them."""
+    adapters = {weight.path for weight in adapter_weights(model)}
+    if not adapters:
+        raise ValueError("The model has no adapters to train. Call gl.enable_lora(model, rank=4) first.")
+    training = {weight.path for weight in model.trainable_variables}
+    extra, frozen = training - adapters, adapters - training
+    if extra or frozen:
+        wrong = f"{len(extra):,} base weights do too" if extra else f"{len(frozen):,} of them are frozen"
+        raise ValueError(
+            f"Only the adapters should train, but {wrong}: {min(extra or frozen)!r} is one. Setting `trainable` on a "
+            "model does that. Call gl.enable_lora() again, with the options it had: it freezes the base anew."
+        )
+
+
+@contextmanager
+def _stop_after_step(trainer: keras.Model) -> Iterator[None]:
+    """Let Ctrl-C end training between steps: within a step, JAX holds the only copy of the weights."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum, frame):
+        trainer.stop_training = trainer.stop_evaluating = True
+        print("\nStopping after this step. The model stays usable.")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
