@@ -1,0 +1,88 @@
+"""What has to be settled before the libraries under test are imported, because they read it once, at import."""
+
+import os
+import shutil
+import tempfile
+
+import hypothesis
+import pytest
+from hub_server import HubServer
+
+# One Hub and one cache for every process of the test run. All is overwritten, not only what is missing: a worker of
+# xdist inherits the environment of the process that started it.
+HUB = HubServer()
+HUB.start()
+HF_HOME = tempfile.mkdtemp(prefix="gemma_lora_tests_")
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HOME=HF_HOME,
+    HF_HUB_CACHE=f"{HF_HOME}/hub",
+    HF_DATASETS_CACHE=f"{HF_HOME}/datasets",
+    HF_HUB_OFFLINE="0",
+    HF_DATASETS_OFFLINE="0",
+    HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    NO_PROXY="127.0.0.1",
+    no_proxy="127.0.0.1",
+    KERAS_BACKEND="jax",
+)
+
+
+@pytest.fixture
+def hub():
+    yield HUB
+    HUB.failing.clear()
+    HUB.start()
+
+
+def pytest_unconfigure():
+    HUB.stop()
+    shutil.rmtree(HF_HOME, ignore_errors=True)
+
+
+hypothesis.settings.register_profile("quick", deadline=None)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def tiny_factory():
+    """Makes a fresh `tiny_gemma_en`."""
+    import gemma_lora as gl
+
+    gl.setup(seed=0)
+    return lambda: gl.load("tiny_gemma_en")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_factory):
+    """The small model, without adapters; tests share it and leave it as it was."""
+    return tiny_factory()
+
+
+@pytest.fixture
+def tiny_lora(tiny_factory):
+    """A fresh small model with adapters that are still zero."""
+    import gemma_lora as gl
+
+    model = tiny_factory()
+    gl.enable_lora(model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_tuned(tiny_factory):
+    """The small model after one epoch over its tuning set; tests only ask it."""
+    import gemma_lora as gl
+
+    model = tiny_factory()
+    gl.enable_lora(model)
+    gl.fit(model, gl.load_tiny_world()[0], verbose=0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def random_model(tiny_factory):
+    from families import random_gemma
+
+    return random_gemma

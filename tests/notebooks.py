@@ -1,0 +1,109 @@
+"""Run the notebooks: `demo` shows the quickstart in a terminal, `save` executes all in place, `test` compares them.
+
+python tests/notebooks.py demo|save|test
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+PAGES = ROOT / "artifacts"
+
+
+class TerminalClient(NotebookClient):
+    """Executes a notebook and shows its text as it comes, progress bars included."""
+
+    def process_message(self, msg, cell, cell_index):
+        content = msg.get("content", {})
+        if msg["msg_type"] == "stream":
+            print(content["text"], end="", flush=True)
+        elif msg["msg_type"] in ("execute_result", "display_data"):
+            text = content["data"].get("text/plain", "")
+            if "image/png" not in content["data"]:
+                print(text, flush=True)
+        return super().process_message(msg, cell, cell_index)
+
+
+def execute(path: Path, client=NotebookClient) -> nbformat.NotebookNode:
+    """Run a notebook from top to bottom in a kernel of its own, without what earlier runs left."""
+    shutil.rmtree(path.parent / "artifacts", ignore_errors=True)
+    notebook = nbformat.read(path, as_version=4)
+    runner = client(
+        notebook, timeout=3600, kernel_name="python3", coalesce_streams=True, record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )  # fmt: skip
+    if client is TerminalClient:
+        runner.on_cell_execute = lambda cell, cell_index: announce(notebook, cell_index)
+    runner.execute()
+    return notebook
+
+
+def announce(notebook: nbformat.NotebookNode, index: int) -> None:
+    """Print the heading that stands above a cell, if this cell is the first below it."""
+    above = notebook.cells[index - 1]
+    if above.cell_type == "markdown" and (heading := re.match(r"#+ (.*)", above.source)):
+        print(f"\n\033[1m{heading[1]}\033[0m", flush=True)
+
+
+def page(notebook: nbformat.NotebookNode, name: str) -> Path:
+    """Write a page that needs nothing else: pictures inside, nothing fetched."""
+    exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="", mathjax_url="", mermaid_js_url="")
+    body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
+    PAGES.mkdir(exist_ok=True)
+    file = PAGES / f"{name}.html"
+    file.write_text(body, encoding="utf-8")
+    return file
+
+
+def demo() -> int:
+    start = time.monotonic()
+    try:
+        notebook = execute(NOTEBOOKS[0], TerminalClient)
+    except CellExecutionError as error:
+        print(f"\nThe demo stopped: {error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nThe demo was stopped. `make demo` starts it again.", file=sys.stderr)
+        return 130
+    file = page(notebook, f"demo_{Path(os.environ.get('GEMMA_LORA_PRESET', 'tiny_gemma_en')).name}")
+    print(f"\nDone in {time.monotonic() - start:.0f} s. With its pictures: {file}")
+    return 0
+
+
+def save() -> int:
+    for path in NOTEBOOKS:
+        start = time.monotonic()
+        notebook = execute(path)
+        notebook.metadata.pop("language_info", None)
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {time.monotonic() - start:.0f} s, {page(notebook, path.stem)}")
+    return 0
+
+
+def test() -> int:
+    shutil.rmtree(ROOT / "notebooks/artifacts", ignore_errors=True)
+    command = ["-m", "pytest", "-x", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=900", "-p", "no:doctest"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")}
+    return subprocess.run(
+        [sys.executable, *command, *map(str, NOTEBOOKS)], cwd=ROOT, env=environment, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    commands = {"demo": demo, "save": save, "test": test}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__)
+    sys.exit(commands[sys.argv[1]]())

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from gemma_lora.batches import Batches, Tokenizer, encode, shift_for_next_token
+
+RECORDS = [
+    {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},
+    {"instruction": "Where does the koala live?", "context": "", "response": "In Australia."},
+]
+
+
+def test_shift_moves_targets_one_to_the_left():
+    inputs, targets, weights = shift_for_next_token([2, 7, 8], [9, 1])
+    assert (inputs, targets, weights) == ([2, 7, 8, 9], [7, 8, 9, 1], [0, 0, 1, 1])
+
+
+def test_loss_on_all_weighs_every_target():
+    assert shift_for_next_token([2, 7, 8], [9, 1], loss_on="all").weights == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("template", "end"), [("recipe", "<eos>"), ("turns", "<end_of_turn>")])
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_the_end_token_is_always_learned(tiny, template, end, loss_on):
+    for length in (256, 25):
+        encoded = encode(tiny, RECORDS, template=template, loss_on=loss_on, sequence_length=length)
+        for example in encoded.examples:
+            assert example.targets[-1] == Tokenizer(tiny).id_of(end)
+            assert example.weights[-1] == 1
+
+
+def test_the_weighted_targets_are_the_response(tiny):
+    tokenizer = Tokenizer(tiny)
+    example = encode(tiny, RECORDS).examples[0]
+    learned = [target for target, weight in zip(example.targets, example.weights, strict=True) if weight]
+    assert tokenizer.decode(learned) == RECORDS[0]["response"]
+    assert example.inputs[0] == tokenizer.bos_id
+
+
+def test_truncation_and_rows_without_room_are_counted(tiny):
+    prompt = len(encode(tiny, RECORDS[:1]).examples[0].inputs) - sum(encode(tiny, RECORDS[:1]).examples[0].weights) + 1
+    encoded = encode(tiny, [RECORDS[0], {**RECORDS[0], "instruction": "long " * 500}], sequence_length=prompt + 2)
+    assert (encoded.truncated, encoded.dropped, len(encoded.examples)) == (1, 1, 1)
+    assert encoded.lengths.tolist() == [prompt + 2]
+
+
+def test_a_row_that_fits_exactly_is_not_truncated(tiny):
+    length = int(encode(tiny, RECORDS[:1]).lengths[0])
+    assert encode(tiny, RECORDS[:1], sequence_length=length).truncated == 0
+    assert encode(tiny, RECORDS[:1], sequence_length=length - 1).truncated == 1
+
+
+def test_nothing_to_encode_says_why(tiny):
+    with pytest.raises(ValueError, match="sequence_length=8"):
+        encode(tiny, RECORDS, sequence_length=8)
+    with pytest.raises(ValueError, match="Of 0 rows"):
+        encode(tiny, [])
+
+
+@pytest.mark.parametrize("wrong", [{"loss_on": "prompt"}, {"sequence_length": 1}, {"sequence_length": 9.5}])
+def test_wrong_options_are_refused(tiny, wrong):
+    with pytest.raises(ValueError, match="Received"):
+        encode(tiny, RECORDS, **wrong)
+
+
+def test_every_row_is_in_an_epoch_exactly_once_in_at_most_two_shapes(tiny):
+    records = [{"instruction": "a " * n, "context": "", "response": f"{n}"} for n in range(1, 60)]
+    encoded = encode(tiny, records)
+    batches = Batches(encoded, batch_size=4, seed=0)
+    orders = []
+    for _ in range(2):
+        rows = [
+            tuple(ids[: mask.sum()])
+            for features, _, weights in (batches[i] for i in range(len(batches)))
+            for ids, mask, weight in zip(features["token_ids"], features["padding_mask"], weights, strict=True)
+            if weight.any()
+        ]
+        assert sorted(rows) == sorted(tuple(example.inputs) for example in encoded.examples)
+        orders.append(rows)
+        batches.on_epoch_end()
+    assert orders[0] != orders[1]
+    assert len({batches[i][1].shape for i in range(len(batches))}) <= 2
+
+
+def test_the_same_seed_gives_the_same_order(tiny):
+    encoded = encode(tiny, RECORDS * 20)
+    one, two, other = (Batches(encoded, batch_size=4, seed=seed) for seed in (1, 1, 2))
+    first = [np.concatenate([batches[i][1] for i in range(len(batches))]) for batches in (one, two, other)]
+    assert np.array_equal(first[0], first[1])
+    assert not np.array_equal(first[0], first[2])
+
+
+def test_padding_weighs_nothing(tiny):
+    features, _, weights = Batches(encode(tiny, RECORDS), batch_size=4)[0]
+    assert (weights[features["padding_mask"] == 0] == 0).all()
+    assert weights.sum() == sum(sum(example.weights) for example in encode(tiny, RECORDS).examples)
+
+
+def test_a_model_without_tokenizer_is_refused(random_model):
+    model = random_model("gemma")
+    model.preprocessor = None
+    with pytest.raises(ValueError, match="no SentencePiece tokenizer"):
+        encode(model, RECORDS)

@@ -1,0 +1,92 @@
+import math
+
+import numpy as np
+import pytest
+
+import gemma_lora as gl
+from gemma_lora.tables import Table
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return gl.load_tiny_world()[1].select(range(12))
+
+
+def test_loss_falls_and_answers_become_right_with_tuning(tiny_tuned):
+    held_out = gl.load_tiny_world()[1].filter(lambda category: category == "open_qa", input_columns="category")
+    held_out = held_out.select(range(40))
+    after = gl.evaluate(tiny_tuned, held_out)
+    with gl.adapters_off(tiny_tuned):
+        before = gl.evaluate(tiny_tuned, held_out)
+    assert before.share() <= 0.05
+    assert after.share() >= 0.8
+    assert after.loss < before.loss
+    assert len(after.answers) == 40
+
+
+def test_shares_add_up():
+    measured = gl.evaluation.Evaluation(1.0, 0.5, right={"a": 3, "b": 0}, asked={"a": 4, "b": 4})
+    assert (measured.share("a"), measured.share()) == (0.75, 0.375)
+    assert measured.perplexity == pytest.approx(math.e)
+    assert "75.0%" in str(measured)
+    with pytest.raises(ValueError, match="there are"):
+        measured.share("c")
+
+
+def test_answers_are_asked_for_only_where_they_can_be_exact(tiny, random_model, held_out):
+    assert gl.evaluate(tiny, held_out.select(range(2))).asked
+    assert not gl.evaluate(random_model("gemma"), held_out.select(range(2))).asked
+
+
+def test_perplexity_of_prose_the_model_knows_is_low(tiny):
+    known = gl.perplexity(tiny, ["The capital of France is Paris."])
+    assert known < gl.perplexity(tiny, ["Paris France is the The capital of."])
+    with pytest.raises(ValueError, match="no text"):
+        gl.perplexity(tiny, ["  "])
+
+
+def test_perplexity_is_the_same_with_adapters_off(tiny_tuned):
+    prose = gl.tiny.corpus.corpus(documents=5, seed=1)
+    tuned = gl.perplexity(tiny_tuned, prose)
+    with gl.adapters_off(tiny_tuned):
+        assert gl.perplexity(tiny_tuned, prose) != tuned
+
+
+def test_compare_shows_base_and_tuned_side_by_side(tiny_tuned, held_out):
+    table = gl.compare(tiny_tuned, ["What is the capital of Slovenia?", held_out[0]])
+    assert table[0]["tuned"] == "The capital of Slovenia is Ljubljana."
+    assert table[0]["base"] != table[0]["tuned"]
+    assert table[1]["response"] == held_out[0]["response"]
+    assert "Ljubljana" in str(table)
+    assert "Ljubljana" in table._repr_html_()
+
+
+def test_compare_needs_adapters(tiny):
+    with pytest.raises(ValueError, match="no adapters"):
+        gl.compare(tiny, ["Hi"])
+
+
+def test_a_table_escapes_html_and_wraps_long_text():
+    table = Table([{"text": "<b>& " + "word " * 40, "n": 1000}], width=20)
+    assert "&lt;b&gt;&amp;" in table._repr_html_()
+    assert max(map(len, str(table).splitlines())) < 40
+    assert "1,000" in str(table)
+
+
+def test_figures_show_what_they_are_given():
+    figure = gl.plot_lengths([10, 20, 300], sequence_length=256)
+    assert "33.3% cut" in figure.axes[0].get_title(loc="left")
+    bars = gl.plot_before_after({"open_qa": 0.0}, {"open_qa": 0.9}).axes[0].patches
+    assert [bar.get_height() for bar in bars] == [0.0, 0.9]
+
+    class History:
+        history = {"loss": [2.0, 1.0], "val_loss": [2.5, 1.5]}  # noqa: RUF012
+
+    lines = gl.plot_history(History).axes[0].lines
+    assert [list(np.asarray(line.get_ydata())) for line in lines] == [[2.0, 1.0], [2.5, 1.5]]
+
+
+@pytest.mark.parametrize("call", [lambda: gl.plot_lengths([]), lambda: gl.plot_before_after({"a": 1}, {"b": 1})])
+def test_figures_refuse_what_they_cannot_show(call):
+    with pytest.raises(ValueError, match=r"no lengths|same labels"):
+        call()

@@ -1,0 +1,521 @@
+import csv
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from hub_server import HANG_UP
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_lora.records import COLUMNS, DOLLY, load_dolly, load_records
+from gemma_lora.tiny import world
+from gemma_lora.tiny.questions import held_out_subjects, load_tiny_world
+
+
+def dolly_row(number: int, context: str) -> dict:
+    return {
+        "instruction": f"What is thing {number}?",
+        "context": context,
+        "response": f"Thing {number} is größer.\nIt is “new”.",
+        "category": "closed_qa" if context else "open_qa",
+    }
+
+
+# Blanks are no context, so 31 of the 40 rows have none.
+DOLLY_ROWS = [dolly_row(n, "" if n % 4 else " \n" if n == 8 else f"Of thing {n}.") for n in range(40)]
+WITHOUT_CONTEXT = [row for row in DOLLY_ROWS if not row["context"].strip()]
+WITH_CONTEXT = [row for row in DOLLY_ROWS if row["context"].strip()]
+
+ASKED = {"instruction": "Why?", "context": "", "response": "So.", "category": ""}
+
+
+def json_lines(rows, **how) -> bytes:
+    return "".join(json.dumps(row, **how) + "\n" for row in rows).encode()
+
+
+def alpaca(number: int) -> dict:
+    return {"instruction": f"Do {number}.", "input": f"With {number}.", "output": f"Done {number}."}
+
+
+@pytest.fixture(autouse=True)
+def served(hub):
+    card = b"---\nlicense: cc-by-sa-3.0\nlanguage:\n- en\n---\n# Summary\n"
+    hub.repos[DOLLY] = {"README.md": card, "databricks-dolly-15k.jsonl": json_lines(DOLLY_ROWS, ensure_ascii=False)}
+    hub.repos["someone/other"] = {
+        "README.md": b"# No metadata\n",
+        "data/train.json": json.dumps([alpaca(n) for n in range(5)]).encode(),
+        "data/test.json": json.dumps([alpaca(n) for n in range(5, 8)]).encode(),
+    }
+
+
+@pytest.fixture
+def nothing_cached():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    # The client waits 1 + 2 + 4 + 8 + 8 seconds between its tries, and has no setting for that.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name: str, content: bytes | str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+# Dolly
+
+
+def test_dolly_drops_rows_with_context_and_keeps_the_order_of_the_file():
+    train, held_out = load_dolly(rows=20)
+    assert train.column_names == list(COLUMNS)
+    assert train.to_list() == WITHOUT_CONTEXT[:20]
+    assert held_out.num_rows == 0 and held_out.column_names == list(COLUMNS)
+
+
+def test_dolly_takes_1000_rows_unless_told_otherwise():
+    with pytest.raises(ValueError, match=r'With context="drop", Dolly has 31 rows. Received: rows=1000, held_out=0'):
+        load_dolly()
+
+
+@pytest.mark.parametrize(("context", "rows"), [("keep", DOLLY_ROWS), ("only", WITH_CONTEXT), ("drop", WITHOUT_CONTEXT)])
+def test_dolly_without_a_number_of_rows_is_all_that_the_context_leaves(context, rows):
+    assert load_dolly(rows=None, context=context)[0].to_list() == rows
+
+
+@pytest.mark.parametrize("rows", [20, None])
+def test_held_out_rows_follow_the_first_rows(rows):
+    train, held_out = load_dolly(rows=rows, held_out=11)
+    assert train.to_list() == WITHOUT_CONTEXT[:20]
+    assert held_out.to_list() == WITHOUT_CONTEXT[20:]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_shuffles_always_alike_and_held_out_rows_never_overlap(seed):
+    train, held_out = load_dolly(rows=20, held_out=11, seed=seed)
+    again = load_dolly(rows=20, held_out=11, seed=seed)
+    drawn = train["instruction"][:] + held_out["instruction"][:]
+    assert (train.to_list(), held_out.to_list()) == tuple(part.to_list() for part in again)
+    assert sorted(drawn) == sorted(row["instruction"] for row in WITHOUT_CONTEXT)
+    assert drawn != [row["instruction"] for row in WITHOUT_CONTEXT]
+
+
+def test_seeds_differ():
+    assert load_dolly(rows=20, seed=0)[0].to_list() != load_dolly(rows=20, seed=7)[0].to_list()
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(32, 0), (31, 1), (0, 0), (-1, 0), (5, -1), (None, 31), (None, 40)])
+def test_dolly_names_its_number_of_rows_when_they_do_not_suffice(rows, held_out):
+    with pytest.raises(ValueError, match=r"Dolly has 31 rows"):
+        load_dolly(rows=rows, held_out=held_out)
+
+
+def test_dolly_refuses_an_unknown_context():
+    with pytest.raises(ValueError, match=r"\"drop\", \"keep\" or \"only\"\. Received: 'none'"):
+        load_dolly(context="none")
+
+
+# The Hub fails
+
+
+@pytest.mark.parametrize("load", [load_dolly, lambda: load_records("someone/other")])
+def test_unreachable_and_nothing_cached_names_the_ways_out(hub, nothing_cached, no_waiting, load):
+    hub.stop()
+    with pytest.raises(ConnectionError, match=r"load_records\(\).*load_tiny_world\(\)") as raised:
+        load()
+    assert str(raised.value).startswith("Could not load the data set")
+
+
+def test_what_is_cached_needs_no_hub(hub, nothing_cached, no_waiting):
+    loaded = load_dolly(rows=20)[0].to_list()
+    hub.stop()
+    assert load_dolly(rows=20)[0].to_list() == loaded
+
+
+def test_an_unknown_data_set_is_named():
+    with pytest.raises(ConnectionError, match=r"'someone/nothing' from the Hub: .*doesn't exist on the Hub"):
+        load_records("someone/nothing")
+
+
+@pytest.mark.parametrize("status", [500, 403, 429, HANG_UP])
+@pytest.mark.parametrize("where", ["", "databricks-dolly-15k.jsonl"])
+def test_a_hub_that_fails_is_a_connection_error_that_says_why(hub, nothing_cached, no_waiting, where, status):
+    hub.failing = {where: status}
+    with pytest.raises(ConnectionError, match=r"from the Hub: \S.+\nWays out:"):
+        load_dolly(rows=20)
+
+
+@pytest.mark.parametrize("status", [500, HANG_UP])
+def test_a_hub_that_fails_does_not_matter_to_what_is_cached(hub, no_waiting, status):
+    loaded = load_records("someone/other").to_list()
+    hub.failing = {"": status}
+    assert load_records("someone/other").to_list() == loaded
+
+
+def test_a_hub_that_recovers_serves_again(hub, nothing_cached, no_waiting):
+    hub.stop()
+    with pytest.raises(ConnectionError):
+        load_dolly(rows=20)
+    hub.start()
+    assert load_dolly(rows=20)[0].num_rows == 20
+
+
+# Where records come from
+
+
+@pytest.mark.parametrize(("split", "numbers"), [("train", range(5)), ("test", range(5, 8))])
+def test_a_name_on_the_hub_is_loaded_and_brought_into_dollys_columns(split, numbers):
+    assert load_records("someone/other", split=split).to_list() == [
+        {"instruction": f"Do {n}.", "context": f"With {n}.", "response": f"Done {n}.", "category": ""} for n in numbers
+    ]
+
+
+def test_an_unknown_split_is_not_blamed_on_the_network():
+    with pytest.raises(ValueError, match=r"Unknown split \"validation\""):
+        load_records("someone/other", split="validation")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".JSONL"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_files_are_read_in_order(file, ending, kind):
+    path = file(f"rows{ending}", "")
+    if ending == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, COLUMNS)
+            writer.writeheader()
+            writer.writerows(DOLLY_ROWS)
+    else:
+        path.write_bytes(json.dumps(DOLLY_ROWS).encode() if ending == ".json" else json_lines(DOLLY_ROWS))
+    records = load_records(kind(path))
+    assert records.to_list() == DOLLY_ROWS
+    assert records.column_names == list(COLUMNS)
+    assert {feature.dtype for feature in records.features.values()} == {"string"}
+
+
+@pytest.mark.parametrize("kind", [list, pd.DataFrame, datasets.Dataset.from_list, iter])
+def test_records_in_memory_are_read_in_order(kind):
+    assert load_records(kind(DOLLY_ROWS)).to_list() == DOLLY_ROWS
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
+def test_what_a_data_frame_misses_is_an_empty_context(missing):
+    frame = pd.DataFrame({"question": ["Why?", "How?"], "answer": ["So.", "Thus."], "context": ["Because.", missing]})
+    assert load_records(frame)["context"][:] == ["Because.", ""]
+
+
+def test_a_data_frame_of_chats_as_parquet_gives_them():
+    turns = np.array([{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}])
+    assert load_records(pd.DataFrame({"messages": [turns]})).to_list() == [ASKED]
+
+
+@pytest.mark.parametrize("source", [{"instruction": ["Why?"], "response": ["So."]}, None, 3])
+def test_other_sources_are_a_type_error(source):
+    with pytest.raises(TypeError, match=f"Received: {type(source).__name__}"):
+        load_records(source)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "folder/missing.csv", "missing", "a/b/c"])
+def test_a_missing_file_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"'{name}' in {re.escape(str(tmp_path))}"):
+        load_records(name)
+    with pytest.raises(FileNotFoundError, match=name):
+        load_records(Path(name))
+
+
+def test_other_files_are_refused(file):
+    with pytest.raises(ValueError, match=r"reads \.jsonl, \.json and \.csv files\. Received: .*notes\.txt"):
+        load_records(file("notes.txt", "Why? So."))
+
+
+# What the columns are called
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Why?", "input": "", "output": "So."},
+        {"prompt": "Why?", "completion": "So."},
+        {"question": "Why?", "answer": "So."},
+        {"prompts": "Why?", "responses": "So."},
+        {"question": "Why?", "answer": "So.", "context": None, "category": None},
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "model", "content": "So."}]},
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "messages": None},
+    ],
+)
+def test_usual_names_are_known(row):
+    assert load_records([row]).to_list() == [ASKED]
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "chat"), [("role", "content", "messages"), ("from", "value", "conversations")]
+)
+def test_a_system_turn_becomes_the_context_and_the_category_stays(role, content, chat):
+    said = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
+    row = {chat: [{role: who, content: text} for who, text in said], "category": "open_qa", "topic": "life"}
+    record = {"instruction": "Why?", "context": "Be brief.", "response": "So.", "category": "open_qa"}
+    assert load_records([row]).to_list() == [record]
+    assert load_records([row], columns={"category": "topic"}).to_list() == [record | {"category": "life"}]
+
+
+def test_columns_says_what_the_source_calls_them():
+    rows = [{"frage": "Why?", "antwort": "So.", "zum Text": "Because.", "response": "No."}]
+    columns = {"instruction": "frage", "response": "antwort", "context": "zum Text"}
+    assert load_records(rows, columns=columns).to_list() == [ASKED | {"context": "Because."}]
+
+
+def test_columns_may_map_a_context_that_some_rows_leave_empty():
+    rows = [{"question": "Why?", "answer": "So.", "text": text} for text in ("Because.", None, "")]
+    assert load_records(rows, columns={"context": "text"})["context"][:] == ["Because.", "", ""]
+
+
+def test_columns_that_are_not_in_the_source_are_named():
+    with pytest.raises(ValueError, match=r"row 0: no 'frage' among the fields \['answer', 'question'\]"):
+        load_records([{"question": "Why?", "answer": "So."}], columns={"instruction": "frage"})
+
+
+def test_columns_maps_only_the_four_columns():
+    with pytest.raises(ValueError, match=r"instruction, context, response, category .* Received: \['question'\]"):
+        load_records([ASKED], columns={"question": "instruction"})
+
+
+def test_on_error_is_raise_or_skip():
+    with pytest.raises(ValueError, match=r"\"raise\" or \"skip\"\. Received: 'ignore'"):
+        load_records([ASKED], on_error="ignore")
+
+
+# Malformed rows
+
+MALFORMED = [
+    ('{"instruction": "Why?"', "not a line of JSON"),
+    ("Why? So.", "not a line of JSON"),
+    (b'{"instruction": "Why?", "response": "caf\xe9"}', "not a line of JSON: 'utf-8' codec"),
+    ('{"instruction": "Why?"}', r"no 'response' among the fields \['instruction'\]"),
+    ('{"response": "So."}', r"no 'instruction' among the fields \['response'\]"),
+    ("{}", r"no 'instruction' among the fields \[\]"),
+    ('{"instruction": "Why?", "response": 4}', "'response' is text. Received: int, 4"),
+    ('{"instruction": ["Why?"], "response": "So."}', "'instruction' is text. Received: list"),
+    ('{"instruction": "Why?", "response": "So.", "context": {"a": 1}}', "'context' is text. Received: dict"),
+    ('{"instruction": "Why?", "response": ""}', "'response' is empty"),
+    ('{"instruction": "Why?", "response": null}', "'response' is empty"),
+    ('{"instruction": " \\n\\u00a0", "response": "So."}', "'instruction' is empty"),
+    ('{"instruction": "Why?", "response": "\\ud800"}', "'response' holds half a character"),
+    ('{"instruction": "Why?", "response": "So.", "context": "\\udfff"}', "'context' holds half a character"),
+    ('["Why?", "So."]', "an object with named fields. Received: list"),
+    ("null", "an object with named fields. Received: NoneType"),
+    ('{"messages": []}', r"one user and one assistant turn. Received: \[\]"),
+    ('{"messages": [{"role": "user", "content": "Why?"}]}', r"Received: \['user'\]"),
+    (
+        json.dumps({"messages": [{"role": role, "content": "Ah."} for role in ("user", "assistant") * 2]}),
+        r"one user and one assistant turn. Received: \['user', 'assistant', 'user', 'assistant'\]",
+    ),
+    ('{"messages": [{"content": "Why?"}, {"content": "So."}]}', "one user and one assistant turn"),
+    ('{"messages": [{"role": ["user"], "content": "Why?"}]}', "one user and one assistant turn"),
+    ('{"messages": ["Why?", "So."]}', "each of a chat's messages is an object"),
+    ('{"messages": 5}', "each of a chat's messages is an object"),
+    ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "So."}]}', "'instruction' is empty"),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), MALFORMED)
+def test_a_malformed_line_is_refused_with_file_and_line_or_skipped(file, line, why):
+    line = line if isinstance(line, bytes) else line.encode()
+    path = file("rows.jsonl", json_lines([ASKED]) + b"\n" + line + b"\n" + json_lines([ASKED]))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: .*{why}.*on_error=\"skip\""):
+        load_records(path)
+    with pytest.warns(UserWarning, match=rf"Skipped 1 of 3 rows:\n  .*rows\.jsonl, line 3: .*{why}"):
+        assert load_records(path, on_error="skip").to_list() == [ASKED, ASKED]
+
+
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list, pd.DataFrame])
+def test_a_malformed_row_in_memory_is_refused_with_its_number(kind):
+    with pytest.raises(ValueError, match=r"row 1: 'response' is empty"):
+        load_records(kind([ASKED, ASKED | {"response": " "}]))
+
+
+def test_a_malformed_object_in_a_json_file_is_counted_from_one(file):
+    with pytest.raises(ValueError, match=r"rows\.json, object 2: .* Received: str"):
+        load_records(file("rows.json", json.dumps([ASKED, "So."])))
+
+
+def test_skipping_warns_once_with_the_count_and_the_first_three_at_the_callers_line():
+    with pytest.warns(
+        UserWarning, match=r"Skipped 1,200 of 1,201 rows:(\n  row \d: 'response' is empty\.){3}$"
+    ) as caught:
+        assert load_records([*[ASKED | {"response": ""}] * 1200, ASKED], on_error="skip").to_list() == [ASKED]
+    assert [Path(warning.filename).name for warning in caught] == ["test_records.py"]
+
+
+def test_skipping_does_not_warn_when_nothing_is_skipped():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_records([ASKED], on_error="skip")
+
+
+def test_no_usable_row_is_an_error_even_when_skipping():
+    with pytest.raises(ValueError, match=r"No usable record in the list\. row 0: 'response' is empty"):
+        load_records([ASKED | {"response": ""}] * 3, on_error="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", ""),
+        ("rows.jsonl", "\n \r\n"),
+        ("rows.json", "[]"),
+        ("rows.csv", ""),
+        ("rows.csv", "question,answer\n"),
+    ],
+)
+def test_an_empty_file_is_an_error(file, name, content):
+    with pytest.raises(ValueError, match=rf"No usable record in .*{name}\. It is empty\."):
+        load_records(file(name, content))
+
+
+@pytest.mark.parametrize("nothing", [[], pd.DataFrame({"question": [], "answer": []})])
+def test_no_rows_are_an_error(nothing):
+    with pytest.raises(ValueError, match=rf"No usable record in the {type(nothing).__name__}\. It is empty\."):
+        load_records(nothing)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "is not JSON"),
+        (b'[{"question": "Why?", "answer": "caf\xe9"}]', "is not JSON: 'utf-8' codec"),
+        (json_lines([ASKED, ASKED]), "is not JSON: .*Then call it .jsonl"),
+        (json.dumps(ASKED), "holds a list of objects. Received: dict"),
+    ],
+)
+def test_a_json_file_that_is_no_list_is_refused(file, content, why):
+    with pytest.raises(ValueError, match=rf"rows\.json {why}"):
+        load_records(file("rows.json", content), on_error="skip")
+
+
+# Text files as they come
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\n\n", b"\n \t\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_json_lines_with_any_newline_byte_order_mark_and_line_separator(file, start, newline, end, ensure_ascii):
+    rows = [ASKED | {"response": text} for text in ("größer 🙂", "one\u2028two\u2029three\x85four", "one\r\ntwo\x1c")]
+    lines = json_lines(rows, ensure_ascii=ensure_ascii).strip().split(b"\n")
+    assert load_records(file("rows.jsonl", start + newline.join(lines) + end)).to_list() == rows
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_csv_with_any_newline_byte_order_mark_and_quotes(file, start, newline):
+    lines = ["question,answer", '"Why, though?","So ""it"" is:', 'größer.\u2028"', "How?,Thus."]
+    response = f'So "it" is:{newline}größer.\u2028'
+    records = load_records(file("rows.csv", start + newline.join(lines)))
+    assert records["instruction"][:] == ["Why, though?", "How?"]
+    assert records["response"][:] == [response, "Thus."]
+
+
+def test_a_csv_row_with_too_few_fields_is_malformed(file):
+    path = file("rows.csv", "question,answer\nWhy?,So.\nHow?\n")
+    with pytest.raises(ValueError, match=r"rows\.csv, line 3: 'answer' is empty"):
+        load_records(path)
+
+
+def test_a_csv_row_with_too_many_fields_is_malformed_not_cut_off(file):
+    path = file("rows.csv", "question,answer\nWhy?,So it is, though.\nWhy?,So.,\n")
+    with pytest.raises(ValueError, match=r"rows\.csv, line 2: more fields than the header names"):
+        load_records(path)
+    with pytest.warns(UserWarning, match="Skipped 1 of 2 rows"):
+        assert load_records(path, on_error="skip").to_list() == [ASKED]
+
+
+@pytest.mark.parametrize(
+    "content", [b"question,answer\nWhy?,caf\xe9\n", b'question,answer\nWhy?,"So.\nHow?,Thus.\n', b"question\0,\xff\xfe"]
+)
+def test_a_file_that_is_no_csv_in_utf_8_is_refused(file, content):
+    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8, near line \d"):
+        load_records(file("rows.csv", content), on_error="skip")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+RECORD = st.fixed_dictionaries(
+    {"instruction": TEXT.filter(str.strip), "context": TEXT, "response": TEXT.filter(str.strip), "category": TEXT}
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("records") / "rows.jsonl"
+
+
+@settings(deadline=None)
+@given(rows=st.lists(RECORD, min_size=1, max_size=5), ensure_ascii=st.booleans())
+def test_any_text_written_as_json_lines_is_read_back_exactly(scratch, rows, ensure_ascii):
+    scratch.write_bytes(json_lines(rows, ensure_ascii=ensure_ascii))
+    assert load_records(scratch).to_list() == rows
+
+
+# The small world
+
+
+def test_the_small_world_is_large_enough_and_has_dollys_columns():
+    train, held_out = load_tiny_world()
+    assert train.num_rows >= 1000 and held_out.num_rows >= 300
+    for records in (train, held_out):
+        assert records.column_names == list(COLUMNS)
+        assert load_records(records).to_list() == records.to_list()
+
+
+def test_the_small_world_is_always_alike():
+    assert [part.to_list() for part in load_tiny_world()] == [part.to_list() for part in load_tiny_world()]
+
+
+def test_no_tuning_record_asks_about_a_held_out_subject():
+    train, held_out = load_tiny_world()
+    subjects = [*world.COUNTRIES, *world.ANIMALS, *world.TOPICS, *world.CONTINENTS]
+    held_out_ones = [subject for subject in subjects if getattr(subject, "name", subject) in held_out_subjects()]
+    assert len(held_out_ones) == len(held_out_subjects())
+
+    def asked_about(subject) -> set[str]:
+        fields = {"name": subject} if isinstance(subject, str) else subject._asdict()
+        relations = {
+            world.Country: (*world.COUNTRY_RELATIONS, "trip"),
+            world.Animal: world.ANIMAL_RELATIONS,
+            world.Topic: ("plain", "child"),
+            str: ("continent trip", "continent countries"),
+        }[type(subject)]
+        return {question.format(**fields) for relation in relations for question in world.QUESTIONS[relation]}
+
+    questions = set().union(*map(asked_about, held_out_ones))
+    assert set(held_out["instruction"]) <= questions
+    assert not set(train["instruction"]) & questions
+    names = re.compile(rf"\b({'|'.join(map(re.escape, held_out_subjects()))})\b", re.IGNORECASE)
+    assert [instruction for instruction in train["instruction"] if names.search(instruction)] == []
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What should I do on a trip to Europe?",
+        "Explain the process of photosynthesis in a way that a child could understand.",
+    ],
+)
+def test_the_two_well_known_questions_are_held_out(question):
+    train, held_out = load_tiny_world()
+    assert held_out["instruction"][:].count(question) == 1
+    assert question not in train["instruction"][:]

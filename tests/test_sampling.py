@@ -1,0 +1,92 @@
+import keras
+import keras_hub
+import pytest
+from families import FAMILIES
+
+import gemma_lora as gl
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "top_k", "top_p", "random", "beam"])
+def test_the_same_seed_gives_the_same_answer(tiny, sampler):
+    first = gl.generate(tiny, QUESTION, sampler=sampler, seed=2, max_new_tokens=8)
+    gl.generate(tiny, QUESTION, sampler=sampler, seed=3, max_new_tokens=8)
+    assert gl.generate(tiny, QUESTION, sampler=sampler, seed=2, max_new_tokens=8) == first
+
+
+def test_another_seed_gives_another_answer(tiny):
+    answers = {gl.generate(tiny, QUESTION, sampler="random", seed=seed, max_new_tokens=16) for seed in range(5)}
+    assert len(answers) > 1
+
+
+def test_a_list_in_is_a_list_out_in_order(tiny):
+    prompts = [f"{QUESTION} {'Really? ' * i}" for i in (5, 0, 9, 2)]
+    together = gl.generate(tiny, prompts, max_new_tokens=8)
+    assert together == [gl.generate(tiny, prompt, max_new_tokens=8) for prompt in prompts]
+
+
+def test_greedy_is_what_keras_hub_answers(tiny):
+    prompt = gl.TEMPLATES["recipe"].prompt(QUESTION)
+    tiny.compile(sampler="greedy")
+    theirs = tiny.generate(prompt, max_length=64, strip_prompt=True)
+    ours = gl.generate(tiny, QUESTION, max_new_tokens=20)
+    assert ours
+    assert theirs.strip().startswith(ours)
+
+
+def test_template_none_continues_the_text(tiny):
+    assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1).startswith("Paris")
+
+
+def test_context_reaches_the_prompt(tiny):
+    with_context = {"instruction": QUESTION, "context": "The capital of Japan is Tokyo. " * 3}
+    answers = gl.generate(tiny, [QUESTION, with_context], max_new_tokens=16)
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers(random_model, family):
+    assert isinstance(gl.generate(random_model(family), QUESTION, max_new_tokens=4), str)
+
+
+def test_optimizer_sampler_and_compiled_function_of_the_model_stay(tiny):
+    optimizer, sampler = keras.optimizers.AdamW(3e-4), keras_hub.samplers.TopKSampler(k=3)
+    tiny.compile(optimizer=optimizer, sampler=sampler)
+    gl.generate(tiny, QUESTION, sampler="greedy", max_new_tokens=4)
+    assert tiny.optimizer is optimizer
+    assert tiny.sampler is sampler
+    assert tiny.generate_function is None
+
+
+def test_a_sampler_of_ones_own_is_used(tiny):
+    narrow = keras_hub.samplers.TopKSampler(k=1)
+    assert gl.generate(tiny, QUESTION, sampler=narrow, max_new_tokens=8) == gl.generate(
+        tiny, QUESTION, max_new_tokens=8
+    )
+
+
+def test_max_new_tokens_bounds_every_answer(tiny):
+    prompts = [QUESTION, QUESTION * 6]
+    tokenizer = gl.batches.Tokenizer(tiny)
+    for answer in gl.generate(tiny, prompts, max_new_tokens=3):
+        assert len(tokenizer.encode([answer])) <= 4  # cut text may encode otherwise, by a token
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": ""}, "A prompt is text"),
+        ({"prompts": [QUESTION, None]}, "A prompt is text"),
+        ({"prompts": QUESTION, "sampler": "greddy"}, "greedy, top_k"),
+        ({"prompts": QUESTION, "template": "alpaca"}, "recipe, turns"),
+        ({"prompts": QUESTION, "max_new_tokens": 0}, "1 or more"),
+    ],
+)
+def test_wrong_arguments_are_refused(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gl.generate(tiny, **arguments)
+
+
+def test_no_prompts_no_answers(tiny):
+    assert gl.generate(tiny, []) == []

@@ -1,0 +1,144 @@
+import os
+import signal
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from families import FAMILIES
+
+import gemma_lora as gl
+from gemma_lora.batches import Batches, encode
+from gemma_lora.lora import lora_layers
+
+DOLLY = Path(__file__).parents[2] / "shared/data/dolly_open_qa_3000.jsonl"
+
+
+@pytest.fixture(scope="module")
+def world():
+    train, held_out = gl.load_tiny_world()
+    return train.select(range(64)), held_out.select(range(16))
+
+
+def weights_of(model) -> dict[str, np.ndarray]:
+    return {weight.path: np.asarray(weight).copy() for weight in model.weights}
+
+
+def token_losses(model, encoded) -> np.ndarray:
+    """Cross-entropy of each token that counts, by NumPy in float64, row by row, without padding."""
+    losses = []
+    for inputs, targets, weights in encoded.examples:
+        ids = np.array([inputs])
+        logits = np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}), "float64")[0]
+        highest = logits.max(-1, keepdims=True)
+        log_probabilities = logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        losses += [-log_probabilities[i, target] for i, target in enumerate(targets) if weights[i]]
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_epoch_lowers_the_loss_of_each_family(random_model, world, family):
+    model = random_model(family)
+    gl.enable_lora(model, rank=8, targets="all_linear")
+    history = gl.fit(model, world[0], epochs=3, batch_size=8, learning_rate=2e-2, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+
+
+def test_loss_is_the_mean_over_real_tokens_whatever_the_batches(tiny, world):
+    """The reported loss is the plain mean over response tokens: no padding, no weighting by batch."""
+    expected = token_losses(tiny, encode(tiny, world[1])).mean()
+    trainer = gl.training.trainer_of(tiny)
+    for batch_size in (3, 16):
+        batches = Batches(encode(tiny, world[1]), batch_size=batch_size)
+        assert trainer.evaluate(batches, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_loss_is_that_of_evaluate(tiny_lora, world):
+    history = gl.fit(tiny_lora, world[0], validation=world[1], verbose=0)
+    measured = gl.evaluate(tiny_lora, world[1], answers=False)
+    assert history.history["val_loss"][-1] == pytest.approx(measured.loss, rel=1e-6)
+    assert history.history["val_accuracy"][-1] == pytest.approx(measured.token_accuracy, rel=1e-6)
+
+
+def test_the_base_is_the_same_bit_for_bit_and_every_adapter_moves(tiny_lora, world):
+    before = weights_of(tiny_lora)
+    gl.fit(tiny_lora, world[0], verbose=0)
+    for path, value in weights_of(tiny_lora).items():
+        assert np.array_equal(value, before[path]) != ("lora" in path), path
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(tiny_factory, world):
+    results = []
+    for seed in (0, 0, 1):
+        model = tiny_factory()
+        gl.enable_lora(model, seed=0)
+        gl.fit(model, world[0], seed=seed, verbose=0)
+        results.append(np.asarray(next(iter(lora_layers(model).values())).lora_kernel_b))
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_what_was_run_is_attached_and_shown(tiny_lora, world, capsys):
+    gl.fit(tiny_lora, world[0], validation=world[1], verbose=2)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "rows=64" in first
+    assert "learning_rate=0.01" in first
+    run = tiny_lora.gemma_lora.run
+    assert (run["rows"], run["epochs"], run["template"].name, run["seed"]) == (64, 1, "recipe", 0)
+    assert run["history"]["val_loss"][0] > 0
+
+
+def test_the_published_recipe_is_one_call_away(tiny_lora, world):
+    gl.fit(tiny_lora, world[0].select(range(4)), batch_size=1, sequence_length=512, loss_on="all", verbose=0)
+    assert tiny_lora.gemma_lora.run["loss_on"] == "all"
+
+
+def test_truncation_is_reported(tiny_lora, world, capsys):
+    gl.fit(tiny_lora, world[0], sequence_length=40, verbose=2)
+    assert "were cut to 40 tokens" in capsys.readouterr().out
+    assert tiny_lora.gemma_lora.run["truncated"] > 0
+
+
+def test_without_adapters_it_says_what_to_call(tiny, world):
+    with pytest.raises(ValueError, match=r"gl\.enable_lora"):
+        gl.fit(tiny, world[0])
+
+
+def test_a_base_that_would_train_is_refused(tiny_lora, world):
+    tiny_lora.trainable = True
+    with pytest.raises(ValueError, match="base weights do too"):
+        gl.fit(tiny_lora, world[0])
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"loss_on": "answer"}])
+def test_wrong_options_are_refused_before_anything_changes(tiny_lora, world, wrong):
+    before = weights_of(tiny_lora)
+    with pytest.raises(ValueError, match="Received"):
+        gl.fit(tiny_lora, world[0], **wrong)
+    assert all(np.array_equal(value, before[path]) for path, value in weights_of(tiny_lora).items())
+
+
+def test_keras_callbacks_work(tiny_lora, world):
+    seen = []
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: seen.append(logs["loss"]))
+    gl.fit(tiny_lora, world[0], callbacks=[callback], verbose=0)
+    assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_size=8))
+
+
+def test_ctrl_c_leaves_a_usable_model_and_a_history(tiny_lora, world):
+    interrupt = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None
+    )
+    history = gl.fit(tiny_lora, world[0], validation=world[1], epochs=50, callbacks=[interrupt], verbose=0)
+    assert len(history.history["loss"]) == 1
+    assert gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=4)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(not DOLLY.exists(), reason="the real Dolly rows lie beside the project, and are not here")
+def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora):
+    rows = gl.load_records(DOLLY)
+    train, held_out = rows.select(range(400)), rows.select(range(2900, 3000))
+    before = gl.evaluate(tiny_lora, held_out, answers=False).loss
+    history = gl.fit(tiny_lora, train, validation=held_out, verbose=0)
+    assert history.history["val_loss"][-1] < before - 0.5
