@@ -121,8 +121,9 @@ def enable_lora(
     for index, layer in enumerate(layers.values()):
         if layer.name in names:
             initializer = keras.initializers.HeUniform(seed=1000 * seed + index)  # every layer draws its own A
-            with _float32_adapters(layer):
-                layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
+            if layer.dtype_policy.name in ("bfloat16", "float16"):  # adapters learn in float32, whatever the base is
+                layer.dtype_policy = keras.DTypePolicy(f"mixed_{layer.dtype_policy.name}")
+            layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
     _freeze_base(model)
     layer_counts, parameters = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for layer in lora_layers(model).values():
@@ -144,18 +145,6 @@ def _resolve(targets, present: list[str]) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"targets names at least one layer, of: {', '.join(present)}. Received: {targets!r}")
     return tuple(name for name in present if name in names)
-
-
-@contextmanager
-def _float32_adapters(layer) -> Iterator[None]:
-    """Keras before 3.15 gives adapters the layer's own dtype, which is too coarse to learn in if that is bfloat16."""
-    policy = layer.dtype_policy
-    if policy.name in ("bfloat16", "float16"):
-        layer.dtype_policy = keras.DTypePolicy(f"mixed_{policy.name}")
-    try:
-        yield
-    finally:
-        layer.dtype_policy = policy
 
 
 def _freeze_base(model) -> None:
