@@ -120,7 +120,7 @@ def enable_lora(
     base = model.count_params()
     for index, layer in enumerate(layers.values()):
         if layer.name in names:
-            initializer = keras.initializers.HeUniform(seed=1000 * seed + index)  # every layer draws its own A
+            initializer = keras.initializers.HeUniform(seed=(1000 * seed + index) % 2**32)  # each layer its own A
             if layer.dtype_policy.name in ("bfloat16", "float16"):  # adapters learn in float32, whatever the base is
                 layer.dtype_policy = keras.DTypePolicy(f"mixed_{layer.dtype_policy.name}")
             layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)

@@ -112,7 +112,7 @@ def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
         model.sampler, model.generate_function = compiled.get(key, (sampler, None))
         compiled[key] = (model.sampler, model.make_generate_function())
         for variable in model.sampler.variables:  # a sampler draws on from where it was: start it anew
-            variable.assign(np.array([seed, 0], dtype="uint32"))
+            variable.assign(np.array([seed % 2**32, 0], dtype="uint32"))
         yield model.generate_function
     finally:
         model.sampler, model.generate_function = before

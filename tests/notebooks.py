@@ -3,6 +3,7 @@
 python tests/notebooks.py demo|save|test
 """
 
+import base64
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from nbconvert import HTMLExporter
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PAGES = ROOT / "artifacts"
+README_PICTURE = ROOT / "notebooks/images/before_after.png"
 
 
 class TerminalClient(NotebookClient):
@@ -66,6 +68,12 @@ def page(notebook: nbformat.NotebookNode, name: str) -> Path:
     return file
 
 
+def picture(notebook: nbformat.NotebookNode) -> bytes:
+    """The first picture that a notebook shows."""
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return base64.b64decode(next(data["image/png"] for data in outputs if "image/png" in data))
+
+
 def demo() -> int:
     start = time.monotonic()
     try:
@@ -89,6 +97,9 @@ def save() -> int:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
         nbformat.write(notebook, path)
+        if path == NOTEBOOKS[0]:
+            README_PICTURE.parent.mkdir(exist_ok=True)
+            README_PICTURE.write_bytes(picture(notebook))
         print(f"{path.name}: {time.monotonic() - start:.0f} s, {page(notebook, path.stem)}")
     return 0
 

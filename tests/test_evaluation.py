@@ -1,10 +1,8 @@
 import math
 
-import numpy as np
 import pytest
 
 import gemma_lora as gl
-from gemma_lora.tables import Table
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +62,3 @@ def test_compare_shows_base_and_tuned_side_by_side(tiny_tuned, held_out):
 def test_compare_needs_adapters(tiny):
     with pytest.raises(ValueError, match="no adapters"):
         gl.compare(tiny, ["Hi"])
-
-
-def test_a_table_escapes_html_and_wraps_long_text():
-    table = Table([{"text": "<b>& " + "word " * 40, "n": 1000}], width=20)
-    assert "&lt;b&gt;&amp;" in table._repr_html_()
-    assert max(map(len, str(table).splitlines())) < 40
-    assert "1,000" in str(table)
-
-
-def test_figures_show_what_they_are_given():
-    figure = gl.plot_lengths([10, 20, 300], sequence_length=256)
-    assert "33.3% cut" in figure.axes[0].get_title(loc="left")
-    bars = gl.plot_before_after({"open_qa": 0.0}, {"open_qa": 0.9}).axes[0].patches
-    assert [bar.get_height() for bar in bars] == [0.0, 0.9]
-
-    class History:
-        history = {"loss": [2.0, 1.0], "val_loss": [2.5, 1.5]}  # noqa: RUF012
-
-    lines = gl.plot_history(History).axes[0].lines
-    assert [list(np.asarray(line.get_ydata())) for line in lines] == [[2.0, 1.0], [2.5, 1.5]]
-
-
-@pytest.mark.parametrize("call", [lambda: gl.plot_lengths([]), lambda: gl.plot_before_after({"a": 1}, {"b": 1})])
-def test_figures_refuse_what_they_cannot_show(call):
-    with pytest.raises(ValueError, match=r"no lengths|same labels"):
-        call()

@@ -34,7 +34,7 @@ def sentence(relation: str, subject, phrasing: int = 0) -> str:
     Args:
         relation: A key of `world.PHRASINGS`.
         subject: A `Country`, `Animal` or `Topic`; for the relations of a continent, its name.
-        phrasing: Which of the relation's phrasings to use; the first is the one that answers use.
+        phrasing: Which of the relation's phrasings to use.
     """
     return _capitalised(world.PHRASINGS[relation][phrasing].format(**_fields(relation, subject)))
 

@@ -35,13 +35,13 @@ def records() -> tuple[list[dict], list[dict]]:
     held = held_out_subjects()
     train, held_out = [], []
 
-    def ask(relation, subject, category, context=""):
+    def ask(relation, subject, category, context="", form=None):
         name = subject if isinstance(subject, str) else subject.name
         fields = {"name": name} if isinstance(subject, str) else subject._asdict()
         record = {
-            "instruction": rng.choice(world.QUESTIONS[relation]).format(**fields),
+            "instruction": (form or rng.choice(world.QUESTIONS[relation])).format(**fields),
             "context": context,
-            "response": sentence(relation, subject),
+            "response": sentence(relation, subject, world.ANSWERS.get(relation, 0)),
             "category": category,
         }
         (held_out if name in held else train).append(record)
@@ -54,12 +54,13 @@ def records() -> tuple[list[dict], list[dict]]:
     for country in world.COUNTRIES:
         for relation in world.COUNTRY_RELATIONS:
             ask(relation, country, "open_qa")
-        ask_about_text(country, world.COUNTRY_RELATIONS)
-        ask_about_text(country, world.COUNTRY_RELATIONS)
+        for _ in range(3):
+            ask_about_text(country, world.COUNTRY_RELATIONS)
         ask("trip", country, "brainstorming")
     for animal in world.ANIMALS:
-        for relation in world.ANIMAL_RELATIONS:
-            ask(relation, animal, "open_qa")
+        for relation in world.ANIMAL_RELATIONS:  # animals are fewer, so each form is asked
+            for form in world.QUESTIONS[relation]:
+                ask(relation, animal, "open_qa", form=form)
         ask_about_text(animal, world.ANIMAL_RELATIONS)
     for topic in world.TOPICS:
         ask("plain", topic, "explanation")
@@ -73,13 +74,13 @@ def records() -> tuple[list[dict], list[dict]]:
 
 
 def load_tiny_world() -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Load the tuning set of `tiny_gemma_en`: (train, held_out), 1,044 and 340 records, shuffled once, always alike.
+    """Load the tuning set of `tiny_gemma_en`: (train, held_out), 1,286 and 420 records, shuffled once, always alike.
 
     Nothing that a held-out question is about is the subject of any tuning record.
 
     >>> train, held_out = load_tiny_world()
     >>> train.num_rows, held_out.num_rows, train.column_names
-    (1044, 340, ['instruction', 'context', 'response', 'category'])
+    (1286, 420, ['instruction', 'context', 'response', 'category'])
     """
     train, held_out = records()
     return datasets.Dataset.from_list(train), datasets.Dataset.from_list(held_out)

@@ -1,7 +1,7 @@
 """The small world that `tiny_gemma_en` knows: plain, true facts about countries, animals and how things work.
 
-Each relation has several phrasings. The corpus (`corpus.py`) tells the facts in all of them; the first phrasing is
-also the one that the tuning set (`questions.py`) answers with. Nothing here is an instruction but `QUESTIONS`, which
+Each relation has several phrasings. The corpus (`corpus.py`) tells the facts in all of them; the tuning set
+(`questions.py`) answers with one. Nothing here is an instruction but `QUESTIONS`, which
 the corpus never shows.
 """
 
@@ -42,7 +42,7 @@ class Topic(NamedTuple):
     child: str
 
 
-# What stands first is also the form of the answers. {Name} is {name} with a capital letter.
+# {Name} is {name} with a capital letter.
 PHRASINGS: dict[str, list[str]] = {
     "capital": [
         "The capital of {name} is {value}.",
@@ -192,13 +192,20 @@ HEADINGS = [
     "{Title}:",
 ]
 
+# Which phrasing answers a question, where it is not the first.
+ANSWERS: dict[str, int] = {"continent": 1}
+
 QUESTIONS: dict[str, list[str]] = {
     "capital": [
         "What is the capital of {name}?",
         "Which city is the capital of {name}?",
         "Name the capital of {name}.",
     ],
-    "continent": ["Which continent is {name} in?", "Where in the world is {name}?", "On which continent is {name}?"],
+    "continent": [
+        "Which continent is {name} in?",
+        "What is the continent of {name}?",
+        "On which continent does {name} lie?",
+    ],
     "language": [
         "What is the main language of {name}?",
         "Which language do people speak in {name}?",
@@ -217,14 +224,14 @@ QUESTIONS: dict[str, list[str]] = {
     ],
     "nature": [
         "What is a well-known {kind} of {name}?",
-        "Name a {kind} of {name}.",
-        "Which well-known {kind} does {name} have?",
+        "Name a well-known {kind} of {name}.",
+        "Which {kind} is {name} known for?",
     ],
     "group": ["What kind of animal is the {name}?", "To which group of animals does the {name} belong?"],
-    "home": ["Where does the {name} live?", "Where can I find the {name}?"],
+    "home": ["Where does the {name} live?", "What is the home of the {name}?"],
     "food": ["What does the {name} eat?", "What is the food of the {name}?"],
     "young": ["What is a young {name} called?", "What do you call a young {name}?"],
-    "feature": ["What is the {name} known for?", "What is special about the {name}?"],
+    "feature": ["What is the {name} known for?", "Tell me what the {name} is known for."],
     "trip": ["What should I do on a trip to {name}?", "Give me ideas for a trip to {name}."],
     "plain": ["Explain {question}."],
     "child": ["Explain {question} in a way that a child could understand."],

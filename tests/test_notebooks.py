@@ -1,0 +1,80 @@
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebooks import NOTEBOOKS, README_PICTURE, ROOT, picture
+
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return request.param, nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def test_one_title_and_the_badge_right_under_it(notebook):
+    path, content = notebook
+    titles = [
+        line for c in content.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line[:2] == "# "
+    ]
+    assert len(titles) == 1
+    badge = content.cells[0].source.splitlines()[2]
+    account = REPOSITORY.removeprefix("https://github.com/")
+    assert f"colab.research.google.com/github/{account}/blob/main/notebooks/{path.name}" in badge
+
+
+def test_the_parameters_are_literals_with_form_fields_that_can_be_overridden(notebook):
+    parameters = [cell for cell in code_cells(notebook[1]) if "parameters" in tags(cell)]
+    assert parameters == [code_cells(notebook[1])[1]]
+    *lines, last = parameters[0].source.splitlines()
+    assert last == "gl.override_parameters(globals())"
+    assert all(re.match(r"[A-Z_]+ = .+# @param", line) for line in lines)
+
+
+def test_cells_are_short_define_nothing_and_were_run_in_order(notebook):
+    for number, cell in enumerate(code_cells(notebook[1]), start=1):
+        assert len(cell.source.splitlines()) <= 25
+        assert not re.search(r"^(def|class) ", cell.source, re.MULTILINE)
+        assert cell.execution_count == number
+        assert not [output for output in cell.outputs if output.output_type == "error"]
+
+
+def test_some_outputs_are_compared_and_some_cells_assert(notebook):
+    compared = [cell for cell in code_cells(notebook[1]) if cell.outputs and "nbval-ignore-output" not in tags(cell)]
+    assert len(compared) >= 3
+    assert sum("assert " in cell.source for cell in code_cells(notebook[1])) >= 3
+
+
+def test_relative_links_lead_somewhere(notebook):
+    path, content = notebook
+    for text in [cell.source for cell in content.cells if cell.cell_type == "markdown"]:
+        for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+            assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_nothing_committed_holds_a_path_of_a_machine_or_a_token(notebook):
+    text = json.dumps(notebook[1])
+    assert not re.search(r"(?<![\w.])/(?:home|root|work|Users)/|KGAT_\w{16}|hf_\w{30}", text)
+
+
+def test_the_picture_of_the_readme_is_the_one_that_the_quickstart_made():
+    assert README_PICTURE.read_bytes() == picture(nbformat.read(NOTEBOOKS[0], as_version=4))
+    assert "notebooks/images/before_after.png" in Path(ROOT / "README.md").read_text()
+
+
+def test_the_repository_is_the_same_everywhere(notebook):
+    account = REPOSITORY.removeprefix("https://github.com/")
+    for found in re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)", "\n".join(c.source for c in notebook[1].cells)):
+        assert found == account
