@@ -4,13 +4,14 @@ PRESET ?= tiny_gemma_en
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help demo test test-full test-peers lint notebooks bench
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "%-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.dev  ## watch LoRA change what a Gemma does (two minutes; PRESET=gemma_2b_en for the real one)
-	@GEMMA_LORA_PRESET=$(PRESET) $(BIN)/python tests/notebooks.py demo
+	@GEMMA_LORA_PRESET="$(PRESET)" $(BIN)/python tests/notebooks.py demo
 
 test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what is committed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full and not peers"
@@ -34,7 +35,7 @@ bench: .venv/.dev  ## measure what the README's table of results says
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'gemma_lora needs Python 3.11 to 3.13: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 
 .venv/.dev: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"

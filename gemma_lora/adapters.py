@@ -1,6 +1,7 @@
 """An adapter as a file: safetensors by layer path, and beside it what it belongs to."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,9 @@ def save_adapter(model, folder: str | Path) -> Path:
     run = None if state.run is None else state.run | {"template": vars(state.run["template"])}
     about = {"format": FORMAT, "base": state.preset, "architecture": type(model.backbone).__name__}
     about |= {name: getattr(state.lora, name) for name in ("rank", "alpha", "targets", "seed")} | {"run": run}
+    text = json.dumps(about, indent=2, default=float)  # before anything is written
     _replace(folder / "adapter.safetensors", lambda file: save_file(tensors, file))
-    _replace(folder / "adapter.json", lambda file: file.write_text(json.dumps(about, indent=2), encoding="utf-8"))
+    _replace(folder / "adapter.json", lambda file: file.write_text(text, encoding="utf-8"))
     return folder
 
 
@@ -45,8 +47,8 @@ def load_adapter(model, folder: str | Path) -> LoraSummary:
 
     Raises:
         FileNotFoundError: The folder holds no adapter.
-        ValueError: The adapter belongs to another base, or a tensor is missing, spare or of another shape. The model
-            is left as it was.
+        ValueError: A tensor is missing, spare, broken or of another shape; the model is left as it was. Another base
+            of the same shapes is a warning.
     """
     state, folder = state_of(model), Path(folder)
     for name in ("adapter.json", "adapter.safetensors"):
@@ -78,7 +80,9 @@ def load_adapter(model, folder: str | Path) -> LoraSummary:
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise ValueError(f"The adapter in {folder} holds values that are no numbers, for instance in {broken[0]!r}.")
 
-    summary = enable_lora(model, rank=rank, targets=targets, alpha=alpha)
+    if about["base"] != state.preset:
+        warnings.warn(f"The adapter was made for {about['base']!r}, the model is {state.preset!r}.", stacklevel=2)
+    summary = enable_lora(model, rank=rank, targets=targets, alpha=alpha, seed=None if state.lora else about["seed"])
     for name, weight in _tensors(model).items():
         weight.assign(tensors[name])
     state.run = run

@@ -1,7 +1,7 @@
 """From records to batches: token ids, targets, and a weight for each target."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import keras
@@ -49,7 +49,7 @@ class Tokenizer:
         self.bos_id, self.pad_id = keras_tokenizer.start_token_id, keras_tokenizer.pad_token_id
 
     def encode(self, pieces: list[str]) -> list[int]:
-        """Encode each piece by itself and join the ids. Nothing is added."""
+        """Encode each piece by itself and join the ids."""
         return [token for ids in self._pieces.encode(pieces) for token in ids]
 
     def decode(self, ids: list[int]) -> str:
@@ -78,12 +78,13 @@ def tokenizer_of(model) -> Tokenizer:
 
 @dataclass
 class Encoded:
-    """Encoded records; of how many the response was cut to fit, and how many a too long prompt left out."""
+    """Encoded records; how many were cut or, for want of room, dropped; and the tokens of all before any cut."""
 
     examples: list[Example]
     pad_id: int
     truncated: int = 0
     dropped: int = 0
+    full_lengths: list[int] = field(default_factory=list)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -117,6 +118,7 @@ def encode(
     encoded = Encoded([], tokenizer.pad_id)
     for record in records:
         prompt, response = tokenizer.prompt(template, record), tokenizer.encode(text_pieces(record["response"]))
+        encoded.full_lengths.append(len(prompt) + len(response))
         room = sequence_length - len(prompt)  # the end token is only ever a target, so it needs no room
         if room < 1:
             encoded.dropped += 1

@@ -11,7 +11,7 @@ from gemma_lora.models import state_of
 from gemma_lora.sampling import generate, template_of
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import text_pieces
-from gemma_lora.training import trainer_of
+from gemma_lora.training import stop_after_step, trainer_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,12 +21,15 @@ class Evaluation(ShowsAsTable):
     Attributes:
         loss: Mean cross-entropy of the response tokens, end token included, in nats a token.
         token_accuracy: Share of those tokens that are the most likely one.
+        truncated, dropped: Records whose response was cut, or had no room at all.
         right, asked: For each category, answers right word for word, and questions asked; empty if none were.
         answers: The answers, in the order of the records.
     """
 
     loss: float
     token_accuracy: float
+    truncated: int = 0
+    dropped: int = 0
     right: dict[str, int] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
@@ -54,6 +57,8 @@ class Evaluation(ShowsAsTable):
             for name, asked in self.asked.items()
         ]
         caption = f"loss {self.loss:.3f} a token, perplexity {self.perplexity:.2f}, accuracy {self.token_accuracy:.1%}"
+        if self.truncated or self.dropped:
+            caption += f" ({self.truncated:,} records cut, {self.dropped:,} left out)"
         return Table(rows, caption=caption + ("; answers right word for word:" if rows else ""))
 
 
@@ -70,9 +75,10 @@ def evaluate(model, records, *, answers: bool | None = None, template=None) -> E
     state = state_of(model)
     template = template_of(model) if template is None else template
     length = (state.run or {}).get("sequence_length", state.settings.sequence_length)
-    loss, accuracy = _measure(model, encode(model, records, template=template, sequence_length=length))
+    encoded = encode(model, records, template=template, sequence_length=length)
+    measured = (*_measure(model, encoded), encoded.truncated, encoded.dropped)
     if not (state.settings.exact_answers if answers is None else answers):
-        return Evaluation(loss, accuracy)
+        return Evaluation(*measured)
     given = generate(model, list(records), template=template)
     asked, right = Counter(), Counter()
     for record, answer in zip(records, given, strict=True):
@@ -80,7 +86,7 @@ def evaluate(model, records, *, answers: bool | None = None, template=None) -> E
         asked[category] += 1
         right[category] += answer.split() == record["response"].split()
     order = [name for name, _ in asked.most_common()]
-    return Evaluation(loss, accuracy, {c: right[c] for c in order}, {c: asked[c] for c in order}, given)
+    return Evaluation(*measured, {c: right[c] for c in order}, {c: asked[c] for c in order}, given)
 
 
 def perplexity(model, texts: Sequence[str]) -> float:
@@ -90,6 +96,7 @@ def perplexity(model, texts: Sequence[str]) -> float:
     """
     tokenizer, length = tokenizer_of(model), state_of(model).settings.sequence_length
     end = tokenizer.id_of("<eos>")
+    texts = [texts] if isinstance(texts, str) else texts
     examples = [
         shift_for_next_token([tokenizer.bos_id], [*tokenizer.encode(text_pieces(text)), end][:length])
         for text in texts
@@ -103,18 +110,18 @@ def perplexity(model, texts: Sequence[str]) -> float:
 def _measure(model, encoded: Encoded) -> tuple[float, float]:
     """Loss and accuracy per token that counts."""
     batches = Batches(encoded, batch_size=state_of(model).settings.batch_size)
-    logs = trainer_of(model).evaluate(batches, verbose=0, return_dict=True)
+    trainer = trainer_of(model)
+    with stop_after_step(trainer):
+        logs = trainer.evaluate(batches, verbose=0, return_dict=True)
+    if trainer.stop_evaluating:
+        raise KeyboardInterrupt  # part of the records would give a wrong number
     return float(logs["loss"]), float(logs["accuracy"])
 
 
 def compare(
     model, prompts: Sequence[str | Mapping], *, sampler="greedy", seed: int | None = None, max_new_tokens=None
 ) -> Table:
-    """Ask base and tuned the same, with the same sampler and seed, from one loaded model. The options are `generate`'s.
-
-    Returns:
-        A table with the columns prompt, base, tuned, and response where records have one.
-    """
+    """Ask base and tuned the same, from one loaded model, side by side. The options are those of `generate`."""
     if not lora_layers(model):
         raise ValueError(
             "The model has no adapters, so there is nothing to compare. Call gl.enable_lora() and gl.fit()."
@@ -124,10 +131,8 @@ def compare(
     tuned = generate(model, prompts, **options)
     with adapters_off(model):
         base = generate(model, prompts, **options)
-    rows = []
-    for prompt, before, after in zip(prompts, base, tuned, strict=True):
-        row = {"prompt": prompt if isinstance(prompt, str) else prompt["instruction"], "base": before, "tuned": after}
-        if isinstance(prompt, Mapping) and prompt.get("response"):
-            row["response"] = prompt["response"]
-        rows.append(row)
-    return Table(rows, width=40)
+    records = [{"instruction": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
+    columns = {"prompt": [record["instruction"] for record in records], "base": base, "tuned": tuned}
+    if any(record.get("response") for record in records):
+        columns["response"] = [record.get("response", "") for record in records]
+    return Table([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], width=40)

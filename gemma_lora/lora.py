@@ -83,7 +83,8 @@ def enable_lora(
 ) -> LoraSummary:
     """Freeze a model and put low-rank adapters on some of its layers.
 
-    B starts at zero, so no output changes. Called again with the same options, it only freezes the base anew.
+    B starts at zero, so no output changes. Called again with the same options, it only freezes the base anew;
+    with others it is a ValueError.
 
     Args:
         model: A causal language model from `gl.load`.
@@ -92,9 +93,6 @@ def enable_lora(
         targets: "query_value" (the published recipe), "all_linear", or a list of layer names.
         alpha: The update is scaled by alpha / rank. None means alpha = rank, a scale of 1, as in the recipe.
         seed: Draws A, by He's uniform initializer. None means the seed of `gl.setup`.
-
-    Raises:
-        ValueError: An unknown target, a rank below 1, or adapters with other options are there already.
     """
     state = state_of(model)
     layers = linear_layers(model)

@@ -20,7 +20,7 @@ _CHATTER = re.compile(
 
 
 def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) -> None:
-    """Settle backend, GPU memory and seeds. Call it first; calling it again is harmless.
+    """Settle backend, GPU memory and seeds. Call it first; calling it again is harmless, too late is a RuntimeError.
 
     Args:
         seed: Seeds Python, NumPy and Keras, and is what every helper's `seed=None` means. Once keras_hub is imported
@@ -28,9 +28,6 @@ def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) 
         backend: "jax", "tensorflow" or "torch". Training and generation are tested on "jax".
         memory_fraction: Share of a GPU's memory that JAX reserves at the start, in one piece, which leaves no
             fragments. `XLA_PYTHON_CLIENT_MEM_FRACTION`, if it is set already, wins.
-
-    Raises:
-        RuntimeError: Keras runs on another backend already; it cannot change within one process.
     """
     global default_seed
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:

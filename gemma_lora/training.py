@@ -71,8 +71,8 @@ def fit(
     """Train a model's adapters on records, and nothing else of it: a base that would train too is a ValueError.
 
     What is left open is taken from `recommended(model)`, and shown in the first line. The published recipe is
-    `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends the run after the step at hand
-    and leaves a usable model and its history.
+    `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends training after the step at
+    hand and leaves a usable model and its history: a Keras `History` of loss and accuracy per token that counts.
 
     Args:
         model: A model with adapters, from `enable_lora`.
@@ -86,9 +86,6 @@ def fit(
         loss_on: "response", or "all" to learn the prompt too.
         seed: Order of the records. None means the seed of `gl.setup`.
         callbacks, verbose: As in Keras `fit`; the callbacks' `model` is the trainer, which has the model's own layers.
-
-    Returns:
-        A Keras `History`: `loss` and `accuracy` per real token that counts, `val_loss` and `val_accuracy` likewise.
     """
     state = state_of(model)
     given = {"template": template, "batch_size": batch_size, "sequence_length": sequence_length}
@@ -128,12 +125,13 @@ def fit(
     trainer = trainer_of(model)
     trainer.compile(optimizer=optimizer)
     start = time.monotonic()
-    with _stop_after_step(trainer):
+    with stop_after_step(trainer):
         history = trainer.fit(
             batches,
             validation_data=None if held_out is None else Batches(held_out, batch_size=settings.batch_size),
             epochs=epochs,
             callbacks=list(callbacks),
+            shuffle=False,  # Batches shuffles, by the seed; Keras would draw from Python's global generator
             verbose=verbose,
         )
     state.run = run | {
@@ -163,8 +161,8 @@ def check_only_adapters_train(model) -> None:
 
 
 @contextmanager
-def _stop_after_step(trainer: keras.Model) -> Iterator[None]:
-    """Let Ctrl-C end training between steps: within a step, JAX holds the only copy of the weights."""
+def stop_after_step(trainer: keras.Model) -> Iterator[None]:
+    """Let Ctrl-C end a run between steps: within a step, JAX holds the only copy of the weights."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -29,7 +29,7 @@ def test_what_is_saved_comes_back_exactly(random_model, tmp_path, family, target
 def test_the_file_says_what_it_belongs_to(tiny_tuned, tmp_path):
     about = json.loads((gl.save_adapter(tiny_tuned, tmp_path) / "adapter.json").read_text())
     assert about["base"] == "tiny_gemma_en"
-    assert about["run"]["learning_rate"] == 0.01
+    assert about["run"]["learning_rate"] == 0.005
     assert set(load_file(tmp_path / "adapter.safetensors")) == {
         f"decoder_block_{i}/attention/{name}/{part}" for i in range(4) for name in ("query", "value") for part in "ab"
     }

@@ -82,7 +82,7 @@ def test_what_was_run_is_attached_and_shown(tiny_lora, world, capsys):
     gl.fit(tiny_lora, world[0], validation=world[1], verbose=2)
     first = capsys.readouterr().out.splitlines()[0]
     assert "rows=64" in first
-    assert "learning_rate=0.01" in first
+    assert "learning_rate=0.005" in first
     run = tiny_lora.gemma_lora.run
     assert (run["rows"], run["epochs"], run["template"].name, run["seed"]) == (64, 1, "recipe", 0)
     assert run["history"]["val_loss"][0] > 0
@@ -122,7 +122,7 @@ def test_keras_callbacks_work(tiny_lora, world):
     seen = []
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: seen.append(logs["loss"]))
     gl.fit(tiny_lora, world[0], callbacks=[callback], verbose=0)
-    assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_size=8))
+    assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_size=4))
 
 
 def test_ctrl_c_leaves_a_usable_model_and_a_history(tiny_lora, world):
@@ -141,4 +141,4 @@ def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora):
     train, held_out = rows.select(range(400)), rows.select(range(2900, 3000))
     before = gl.evaluate(tiny_lora, held_out, answers=False).loss
     history = gl.fit(tiny_lora, train, validation=held_out, verbose=0)
-    assert history.history["val_loss"][-1] < before - 0.5
+    assert history.history["val_loss"][-1] < before - 0.3
