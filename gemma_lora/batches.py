@@ -12,7 +12,7 @@ from gemma_lora.models import state_of
 from gemma_lora.runtime import quiet
 from gemma_lora.templates import Template, get_template, text_pieces
 
-SHAPE_STEP = 32  # lengths are padded to multiples of this many tokens
+SHAPE_STEP = 16  # lengths are padded to multiples of this many tokens
 
 
 class Example(NamedTuple):
@@ -150,8 +150,10 @@ class Batches(keras.utils.PyDataset):
         self._encoded, self._batch_size = encoded, batch_size
         self._rng = None if seed is None else np.random.default_rng(seed)
         lengths = encoded.lengths
-        # Two shapes: one that fits nine rows in ten, one that fits all.
-        self.lengths = sorted({_round_up(np.quantile(lengths, 0.9)), _round_up(lengths.max())})
+        shapes = range(SHAPE_STEP, int(lengths.max()) + SHAPE_STEP, SHAPE_STEP)
+        # Two shapes: one that fits all rows, and the one beside it that leaves the least padding.
+        short = min(shapes, key=lambda length: np.where(lengths <= length, length, shapes[-1]).sum())
+        self.lengths = sorted({short, shapes[-1]})
         self._bucket = np.searchsorted(self.lengths, lengths)
         self.on_epoch_end()
 
@@ -178,7 +180,3 @@ class Batches(keras.utils.PyDataset):
             token_ids[i, :size], targets[i, :size], weights[i, :size] = example
             mask[i, :size] = 1
         return {"token_ids": token_ids, "padding_mask": mask}, targets, weights
-
-
-def _round_up(length: float) -> int:
-    return int(-(-length // SHAPE_STEP) * SHAPE_STEP)

@@ -22,11 +22,7 @@ TARGETS = {"query_value": ("query", "value"), "all_linear": ALL_LINEAR}
 
 @dataclass(frozen=True, repr=False)
 class LoraSummary(ShowsAsTable):
-    """What `enable_lora` did. Shows as a table.
-
-    `layers` and `parameters` count, for each target, layers with an adapter and their trainable parameters;
-    `base_parameters` counts the model without adapters.
-    """
+    """What `enable_lora` did, shown as a table: for each target, layers with an adapter, and trainable parameters."""
 
     rank: int
     alpha: float

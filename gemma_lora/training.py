@@ -13,7 +13,7 @@ from keras import ops
 from gemma_lora import runtime
 from gemma_lora.batches import Batches, encode
 from gemma_lora.lora import adapter_weights
-from gemma_lora.models import state_of
+from gemma_lora.models import recommended, state_of
 from gemma_lora.templates import get_template
 
 
@@ -90,7 +90,7 @@ def fit(
     state = state_of(model)
     given = {"template": template, "batch_size": batch_size, "sequence_length": sequence_length}
     given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    settings = replace(state.settings, **{name: value for name, value in given.items() if value is not None})
+    settings = replace(recommended(model), **{name: value for name, value in given.items() if value is not None})
     seed = runtime.default_seed if seed is None else seed
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")

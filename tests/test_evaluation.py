@@ -1,5 +1,8 @@
 import math
+import os
+import signal
 
+import keras
 import pytest
 
 import gemma_lora as gl
@@ -62,3 +65,25 @@ def test_compare_shows_base_and_tuned_side_by_side(tiny_tuned, held_out):
 def test_compare_needs_adapters(tiny):
     with pytest.raises(ValueError, match="no adapters"):
         gl.compare(tiny, ["Hi"])
+
+
+def test_one_text_is_one_document(tiny):
+    text = "The capital of France is Paris."
+    assert gl.perplexity(tiny, text) == gl.perplexity(tiny, [text])
+
+
+def test_what_was_cut_is_told(tiny):
+    record = {"instruction": "Say much.", "context": "", "response": "much " * 500}
+    measured = gl.evaluate(tiny, [record], answers=False)
+    assert measured.truncated == 1
+    assert "1 records cut" in str(measured)
+
+
+def test_ctrl_c_while_measuring_leaves_a_usable_model(tiny, monkeypatch):
+    trainer = gl.training.trainer_of(tiny)
+    interrupt = keras.callbacks.LambdaCallback(on_test_batch_end=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: evaluate(*a, callbacks=[interrupt], **k))
+    with pytest.raises(KeyboardInterrupt):
+        gl.evaluate(tiny, gl.load_tiny_world()[1].select(range(40)), answers=False)
+    assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1) == "Paris"

@@ -50,3 +50,23 @@ def test_a_folder_without_preset_is_refused(tmp_path):
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="Received: NoneType"):
         gl.generate(None, "Hi")
+
+
+def test_adapters_on_all_linear_layers_have_a_learning_rate_of_their_own(tiny_factory):
+    model = tiny_factory()
+    gl.enable_lora(model, targets="all_linear")
+    assert gl.recommended(model).learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("kaggle://keras/gemma/keras/gemma_instruct_2b_en/3", "turns"),
+        ("hf://google/gemma-2b-it", "turns"),
+        ("translategemma_4b_it", "turns"),
+        ("kaggle://keras/gemma/keras/gemma_2b_en/3", "recipe"),
+        ("/tmp/with_items/gemma_2b_en", "recipe"),
+    ],
+)
+def test_instruction_tuned_presets_are_known_by_any_handle(name, template):
+    assert gl.recommended(name).template == template

@@ -90,3 +90,22 @@ def test_wrong_arguments_are_refused(tiny, arguments, message):
 
 def test_no_prompts_no_answers(tiny):
     assert gl.generate(tiny, []) == []
+
+
+def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
+    class Without(keras_hub.samplers.GreedySampler):
+        def __init__(self, token):
+            super().__init__()
+            self.token = token
+
+        def get_next_token(self, probabilities):
+            row = keras.ops.one_hot(self.token, probabilities.shape[-1])
+            return keras.ops.argmax(probabilities - row, axis=-1)
+
+    first = gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1)
+    token = gl.batches.tokenizer_of(tiny).encode([" Paris"])[0]
+    answers = [
+        gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1, sampler=Without(t))
+        for t in (3, token)
+    ]
+    assert answers[0] == first != answers[1]
