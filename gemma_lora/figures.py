@@ -45,7 +45,7 @@ def plot_before_after(before: Mapping[str, float], after: Mapping[str, float], *
     places = np.arange(len(before))
     for shift, shares, label, color in ((-0.2, before, "before", _BASE), (0.2, after, "after", _TUNED)):
         bars = axes.bar(places + shift, [shares[name] for name in before], 0.38, label=label, color=color)
-        axes.bar_label(bars, fmt=lambda share: f"{share:.0%}", padding=2)
+        axes.bar_label(bars, fmt=lambda share: f"{share:.1%}", padding=2)
     axes.set(xticks=places, xticklabels=list(before), ylim=(0, 1.15), yticks=[0, 0.5, 1], ylabel="share right")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

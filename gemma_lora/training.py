@@ -39,7 +39,8 @@ class TokenTrainer(keras.Model):
         losses = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
         hits = ops.cast(ops.equal(ops.argmax(logits, axis=-1), ops.cast(y, "int32")), "float32")
         for metric, values in zip(self._token_metrics, (losses, hits), strict=True):
-            metric.update_state(values, sample_weight=sample_weight)
+            # Flat: Keras would first average over each row, and so weigh a token by its row's padding.
+            metric.update_state(ops.reshape(values, [-1]), sample_weight=ops.reshape(sample_weight, [-1]))
         return ops.sum(losses * sample_weight) / ops.maximum(ops.sum(sample_weight), 1.0)
 
 

@@ -6,6 +6,9 @@ import keras
 import pytest
 
 import gemma_lora as gl
+from gemma_lora.evaluation import Evaluation
+from gemma_lora.tiny.corpus import corpus
+from gemma_lora.training import trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def test_loss_falls_and_answers_become_right_with_tuning(tiny_tuned):
 
 
 def test_shares_add_up():
-    measured = gl.evaluation.Evaluation(1.0, 0.5, right={"a": 3, "b": 0}, asked={"a": 4, "b": 4})
+    measured = Evaluation(1.0, 0.5, right={"a": 3, "b": 0}, asked={"a": 4, "b": 4})
     assert (measured.share("a"), measured.share()) == (0.75, 0.375)
     assert measured.perplexity == pytest.approx(math.e)
     assert "75.0%" in str(measured)
@@ -47,7 +50,7 @@ def test_perplexity_of_prose_the_model_knows_is_low(tiny):
 
 
 def test_perplexity_is_the_same_with_adapters_off(tiny_tuned):
-    prose = gl.tiny.corpus.corpus(documents=5, seed=1)
+    prose = corpus(documents=5, seed=1)
     tuned = gl.perplexity(tiny_tuned, prose)
     with gl.adapters_off(tiny_tuned):
         assert gl.perplexity(tiny_tuned, prose) != tuned
@@ -80,10 +83,12 @@ def test_what_was_cut_is_told(tiny):
 
 
 def test_ctrl_c_while_measuring_leaves_a_usable_model(tiny, monkeypatch):
-    trainer = gl.training.trainer_of(tiny)
-    interrupt = keras.callbacks.LambdaCallback(on_test_batch_end=lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    trainer = trainer_of(tiny)
+    interrupt = keras.callbacks.LambdaCallback(
+        on_test_batch_end=lambda batch, logs: os.kill(os.getpid(), signal.SIGINT)
+    )
     evaluate = trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: evaluate(*a, callbacks=[interrupt], **k))
     with pytest.raises(KeyboardInterrupt):
         gl.evaluate(tiny, gl.load_tiny_world()[1].select(range(40)), answers=False)
-    assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1) == "Paris"
+    assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=3).startswith("Paris")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora import runtime
 
 QUIET = {key: value for key, value in os.environ.items() if not key.startswith(("KERAS", "TF_", "XLA_PYTHON"))}
 
@@ -60,7 +61,7 @@ def test_setup_again_breaks_no_tokenizer_and_seeds_anew(tiny):
     for seed in (5, 5, 6):
         gl.setup(seed=seed)
         drawn.append((random.random(), np.random.rand()))
-        assert gl.runtime.default_seed == seed
+        assert runtime.default_seed == seed
     assert drawn[0] == drawn[1] != drawn[2]
     gl.setup(seed=0)
     assert len(tiny.preprocessor.tokenizer("The capital of France")) > 0

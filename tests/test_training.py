@@ -10,6 +10,7 @@ from families import FAMILIES
 import gemma_lora as gl
 from gemma_lora.batches import Batches, encode
 from gemma_lora.lora import lora_layers
+from gemma_lora.training import trainer_of
 
 DOLLY = Path(__file__).parents[2] / "shared/data/dolly_open_qa_3000.jsonl"
 
@@ -47,7 +48,7 @@ def test_one_epoch_lowers_the_loss_of_each_family(random_model, world, family):
 def test_loss_is_the_mean_over_real_tokens_whatever_the_batches(tiny, world):
     """The reported loss is the plain mean over response tokens: no padding, no weighting by batch."""
     expected = token_losses(tiny, encode(tiny, world[1])).mean()
-    trainer = gl.training.trainer_of(tiny)
+    trainer = trainer_of(tiny)
     for batch_size in (3, 16):
         batches = Batches(encode(tiny, world[1]), batch_size=batch_size)
         assert trainer.evaluate(batches, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-5)

@@ -28,8 +28,8 @@ def records() -> tuple[list[dict], list[dict]]:
         Two lists of dicts with `instruction`, `context`, `response` and `category`, shuffled once, always alike.
 
     >>> train, held_out = records()
-    >>> [record["response"] for record in held_out if record["instruction"] == "What is the capital of Slovenia?"]
-    ['The capital of Slovenia is Ljubljana.']
+    >>> len(train), len(held_out)
+    (1286, 420)
     """
     rng = random.Random(_SPLIT_SEED)
     held = held_out_subjects()

@@ -193,7 +193,7 @@ HEADINGS = [
 ]
 
 # Which phrasing answers a question, where it is not the first.
-ANSWERS: dict[str, int] = {"continent": 1}
+ANSWERS: dict[str, int] = {"continent": 1, "child": 1}
 
 QUESTIONS: dict[str, list[str]] = {
     "capital": [

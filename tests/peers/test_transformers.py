@@ -5,6 +5,7 @@ import pytest
 
 import gemma_lora as gl
 from gemma_lora.batches import encode, tokenizer_of
+from gemma_lora.lora import lora_layers
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
@@ -60,7 +61,7 @@ def test_peft_and_keras_agree_on_the_update(random_model):
     peft = pytest.importorskip("peft")
     model = random_model("gemma")
     gl.enable_lora(model, rank=2, alpha=6, targets=["value"])
-    layer = next(iter(gl.lora.lora_layers(model).values()))
+    layer = next(iter(lora_layers(model).values()))
     layer.lora_kernel_b.assign(np.random.default_rng(0).normal(size=layer.lora_kernel_b.shape))
 
     base = torch.nn.Sequential(torch.nn.Linear(layer._kernel.shape[1], layer._kernel.shape[2], bias=False))
