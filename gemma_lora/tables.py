@@ -43,7 +43,11 @@ class Table:
             return f"<tr>{inner}</tr>"
 
         head, *body = self._cells()
-        caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>' if self.caption else ""
+        caption = (
+            f'<caption style="text-align:left;white-space:nowrap">{html.escape(self.caption)}</caption>'
+            if self.caption
+            else ""
+        )
         return f"<table>{caption}{line('th', head)}{''.join(line('td', cells) for cells in body)}</table>"
 
 
