@@ -123,9 +123,7 @@ def compare(
 ) -> Table:
     """Ask base and tuned the same, from one loaded model, side by side. The options are those of `generate`."""
     if not lora_layers(model):
-        raise ValueError(
-            "The model has no adapters, so there is nothing to compare. Call gl.enable_lora() and gl.fit()."
-        )
+        raise ValueError("The model has no adapters, so nothing to compare. Call gl.enable_lora() and gl.fit().")
     prompts = [prompts] if isinstance(prompts, str | Mapping) else prompts
     options = {"sampler": sampler, "seed": seed, "max_new_tokens": max_new_tokens}
     tuned = generate(model, prompts, **options)

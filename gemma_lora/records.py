@@ -53,9 +53,7 @@ def load_dolly(
         dolly = dolly.shuffle(seed=seed)
     rows = dolly.num_rows - held_out if rows is None else rows
     if rows < 1 or held_out < 0 or rows + held_out > dolly.num_rows:
-        raise ValueError(
-            f'With context="{context}", Dolly has {dolly.num_rows:,} rows. Received: rows={rows}, held_out={held_out}'
-        )
+        raise ValueError(f"{context=}: Dolly has {dolly.num_rows:,} rows. Received: rows={rows}, held_out={held_out}")
     # A list, because select() refuses an empty range that stands at the end.
     return dolly.select(range(rows)), dolly.select([*range(rows, rows + held_out)])
 

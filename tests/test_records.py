@@ -88,7 +88,7 @@ def test_dolly_drops_rows_with_context_and_keeps_the_order_of_the_file():
 
 
 def test_dolly_takes_1000_rows_unless_told_otherwise():
-    with pytest.raises(ValueError, match=r'With context="drop", Dolly has 31 rows. Received: rows=1000, held_out=0'):
+    with pytest.raises(ValueError, match=r"context='drop': Dolly has 31 rows. Received: rows=1000, held_out=0"):
         load_dolly()
 
 
