@@ -27,13 +27,14 @@ _NAMES_IN = {
     "tiny.questions": ("load_tiny_world",),
     "templates": ("TEMPLATES", "Template"),
     "models": ("load", "recommended"),
-    "batches": ("encode", "shift_for_next_token"),
+    "tables": ("Table",),
+    "batches": ("encode", "load_tokenizer", "shift_for_next_token", "show_tokens"),
     "lora": ("adapters_off", "enable_lora"),
     "training": ("fit",),
     "sampling": ("generate",),
-    "evaluation": ("compare", "evaluate", "perplexity"),
+    "evaluation": ("compare", "distinct", "evaluate", "perplexity"),
     "adapters": ("load_adapter", "save_adapter"),
-    "figures": ("plot_before_after", "plot_history", "plot_lengths"),
+    "figures": ("plot_bars", "plot_before_after", "plot_history", "plot_lengths", "plot_lora"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 
@@ -41,6 +42,8 @@ __all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str):
+    if name == "exercises":
+        return importlib.import_module("gemma_lora.exercises")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'gemma_lora' has no attribute {name!r}. It has: {', '.join(__all__)}.")
     value = getattr(importlib.import_module(f"gemma_lora.{_MODULE_OF[name]}"), name)

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import keras
+import keras_hub
 import numpy as np
 import sentencepiece
 
-from gemma_lora.models import state_of
+from gemma_lora.models import TINY, from_preset, state_of
 from gemma_lora.runtime import quiet
+from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces
 
 SHAPE_STEP = 16  # lengths are padded to multiples of this many tokens
@@ -40,13 +43,15 @@ def shift_for_next_token(prompt: list[int], response: list[int], *, loss_on: str
 class Tokenizer:
     """A model's SentencePiece vocabulary, used directly: the same on every version of KerasHub, and quick."""
 
-    def __init__(self, model):
-        keras_tokenizer = getattr(model.preprocessor, "tokenizer", None)
+    def __init__(self, keras_tokenizer):
         if keras_tokenizer is None or not getattr(keras_tokenizer, "proto", None):
             raise ValueError("The model has no SentencePiece tokenizer: load it with gl.load(), preprocessor included.")
         with quiet():
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=keras_tokenizer.proto)
         self.bos_id, self.pad_id = keras_tokenizer.start_token_id, keras_tokenizer.pad_token_id
+
+    def __len__(self) -> int:
+        return len(self._pieces)
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Encode each piece by itself and join the ids."""
@@ -55,6 +60,10 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Turn ids into text; control tokens vanish."""
         return self._pieces.decode([int(token) for token in ids])
+
+    def tokens(self, ids: list[int]) -> list[str]:
+        """The token of each id, made visible: ▁ is a space, ⏎ a line break, `<0x..>` a byte without a token."""
+        return [token.replace("\n", "⏎") for token in self._pieces.id_to_piece([int(token) for token in ids])]
 
     def id_of(self, token: str) -> int:
         """The id of a control token such as `<eos>`."""
@@ -69,10 +78,22 @@ class Tokenizer:
         return [self.bos_id, *self.encode(pieces)]
 
 
+def load_tokenizer(preset: str | Path = TINY) -> Tokenizer:
+    """Load a model's tokenizer without its weights: enough to prepare data, and a download of a few megabytes.
+
+    >>> tokenizer = load_tokenizer("tiny_gemma_en")
+    >>> tokenizer.tokens(tokenizer.encode(["Name a river."]))
+    ['N', 'ame', '▁a', '▁river', '.']
+    """
+    return Tokenizer(from_preset(keras_hub.tokenizers.Tokenizer, preset))
+
+
 def tokenizer_of(model) -> Tokenizer:
-    """The model's `Tokenizer`, made once."""
+    """The model's `Tokenizer`, made once; a `Tokenizer` is its own."""
+    if isinstance(model, Tokenizer):
+        return model
     state = state_of(model)
-    state.tokenizer = state.tokenizer or Tokenizer(model)
+    state.tokenizer = state.tokenizer or Tokenizer(getattr(model.preprocessor, "tokenizer", None))
     return state.tokenizer
 
 
@@ -100,7 +121,7 @@ def encode(
     A response that is too long is cut so that the end token still fits, as KerasHub's own packer does.
 
     Args:
-        model: The model whose vocabulary to use.
+        model: The model whose vocabulary to use, or a tokenizer from `load_tokenizer`.
         records: Dicts with instruction, context and response, such as a `datasets.Dataset`.
         template: Name of a template, or a `Template`.
         sequence_length: Most input tokens a row may have.
@@ -131,6 +152,25 @@ def encode(
             "Raise sequence_length, shorten the prompts, or look at what the rows hold."
         )
     return encoded
+
+
+def show_tokens(model, records, *, template="recipe", sequence_length=256, loss_on="response") -> TokenView:
+    """Show records as the tokens that a model is trained on, in colour: what is only read, what is learned, padding.
+
+    Args:
+        model, template, sequence_length, loss_on: As in `encode`.
+        records: One record or a few. Several are padded to the longest, as in a batch.
+    """
+    tokenizer = tokenizer_of(model)
+    records = [records] if isinstance(records, Mapping) else list(records)
+    encoded = encode(tokenizer, records, template=template, sequence_length=sequence_length, loss_on=loss_on)
+    rows = []
+    for example in encoded.examples:
+        ids, learned = [example.inputs[0], *example.targets], [0, *example.weights]
+        kinds = ["learned" if weight else "read" for weight in learned]
+        rows.append([*zip(tokenizer.tokens(ids), ids, kinds, strict=True)])
+    longest, pad = max(map(len, rows)), ("<pad>", tokenizer.pad_id, "padding")
+    return TokenView([row + [pad] * (longest - len(row)) for row in rows])
 
 
 class Batches(keras.utils.PyDataset):

@@ -50,12 +50,26 @@ class Evaluation(ShowsAsTable):
             raise ValueError(f"No question of category {sorted(unknown)} was asked; there are: {sorted(self.asked)}.")
         return sum(self.right[name] for name in chosen) / sum(self.asked[name] for name in chosen)
 
+    def interval(self, *categories: str) -> tuple[float, float]:
+        """95 % confidence interval of `share`, by Wilson (1927): right near 0 and 1 too, and for few questions.
+
+        >>> low, high = Evaluation(0.5, 0.9, right={"open_qa": 9}, asked={"open_qa": 10}).interval()
+        >>> f"{low:.2f} to {high:.2f}"
+        '0.60 to 0.98'
+        """
+        share, z = self.share(*categories), 1.96
+        n = sum(self.asked[name] for name in categories or self.asked)
+        middle = share + z**2 / (2 * n)
+        reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+        return tuple(min(max((middle + side * reach) / (1 + z**2 / n), 0.0), 1.0) for side in (-1, 1))
+
     def table(self) -> Table:
         """A row for each category, under a caption with the loss."""
-        rows = [
-            {"category": name, "asked": asked, "right": self.right[name], "share": f"{self.share(name):.1%}"}
-            for name, asked in self.asked.items()
-        ]
+        rows = []
+        for name, asked in self.asked.items():
+            low, high = self.interval(name)
+            row = {"category": name, "asked": asked, "right": self.right[name], "share": f"{self.share(name):.1%}"}
+            rows.append(row | {"95 % interval": f"{low:.0%} to {high:.0%}"})
         caption = f"loss {self.loss:.3f} a token, perplexity {self.perplexity:.2f}, accuracy {self.token_accuracy:.1%}"
         if self.truncated or self.dropped:
             caption += f" ({self.truncated:,} records cut, {self.dropped:,} left out)"
@@ -134,3 +148,18 @@ def compare(
     if any(record.get("response") for record in records):
         columns["response"] = [record.get("response", "") for record in records]
     return Table([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], width=40)
+
+
+def distinct(texts: Sequence[str], *, n: int = 2) -> float:
+    """Share of n-grams of words that differ, over all texts: distinct-n (Li et al., 2016, arXiv:1510.03055).
+
+    1 means that no n words follow each other twice; the lower, the more is said again.
+
+    >>> distinct(["the sea the sea the sun"])
+    0.6
+    """
+    words = [text.split() for text in texts]
+    ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    if not ngrams:
+        raise ValueError(f"No text has {n} words. Received: {list(texts)!r:.80}")
+    return len(set(ngrams)) / len(ngrams)

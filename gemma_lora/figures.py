@@ -6,6 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from gemma_lora.evaluation import Evaluation
+from gemma_lora.lora import lora_layers
+
 _BASE, _TUNED, _CUT = "#9aa5b1", "#1a73e8", "#d93025"
 
 
@@ -26,30 +29,78 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
 
 
 def plot_history(history) -> Figure:
-    """Show training and held-out loss per real token, from what `fit` returned."""
+    """Show what `fit` returned: training loss per real token along the way, and held-out loss after each epoch."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     epochs = np.arange(1, len(history.history["loss"]) + 1)
-    for name, label, color in (("loss", "training", _BASE), ("val_loss", "held out", _TUNED)):
-        if name in history.history:
-            axes.plot(epochs, history.history[name], marker="o", label=label, color=color)
-    axes.set(xlabel="epoch", ylabel="loss (nats a token)", xticks=epochs)
+    curve = getattr(history, "curve", None) or [*zip(epochs, history.history["loss"], strict=True)]
+    axes.plot(*zip(*curve, strict=True), marker=".", label="training, in each twentieth of an epoch", color=_BASE)
+    if "val_loss" in history.history:
+        axes.plot(epochs, history.history["val_loss"], "o", label="held out, after the epoch", color=_TUNED)
+    axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, None), ylim=(0, None))
     axes.legend(frameon=False)
     return _finished(figure, axes, "Loss per real token")
 
 
-def plot_before_after(before: Mapping[str, float], after: Mapping[str, float], *, title: str = "") -> Figure:
-    """Show shares from 0 to 1, before and after tuning, as a pair of bars for each label."""
-    if not before or set(before) != set(after):
-        raise ValueError(f"before and after have the same labels. Received: {sorted(before)} and {sorted(after)}")
+def plot_lora(model, path: str | None = None) -> Figure:
+    """Show an adapter to scale: a frozen weight W, the factors A and B, and the update A B that they make.
+
+    Args:
+        model: A model with adapters.
+        path: The layer, such as "decoder_block_0/attention/query"; None for the first that has an adapter. Of a layer
+            with several heads the first is shown.
+    """
+    layers = lora_layers(model)
+    if not layers or (path is not None and path not in layers):
+        raise ValueError(f"path is a layer that has an adapter, one of {[*layers]}. Received: {path!r}")
+    path = path or next(iter(layers))
+    layer = layers[path]
+    w, a, b = (np.asarray(v, "float32") for v in (layer._kernel, layer.lora_kernel_a, layer.lora_kernel_b))
+    w, a = (matrix[0] if matrix.ndim == 3 else matrix for matrix in (w, a))
+    parts = {"W": (w, "frozen"), "A": (a, "trained"), "B": (b, "trained"), "A B": (a @ b, "the update")}
+    figure, panels = plt.subplots(1, 4, figsize=(7, 3.6), layout="constrained")
+    for axes, (name, (part, role)) in zip(panels, parts.items(), strict=True):
+        rows, columns = part.shape
+        limit = np.abs(part).max() or 1
+        axes.imshow(part, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.add_patch(plt.Rectangle((-0.5, -0.5), columns, rows, fill=False, linewidth=0.8))
+        axes.set(xlim=(-1, w.shape[1]), ylim=(w.shape[0], -1))  # one scale for all
+        axes.axis("off")
+        size = f"up to {limit:.2g}" if part.any() else "all zero"
+        axes.set_title(f"{name}: {rows:,} × {columns:,}\n{role}, {size}", fontsize=9)
+    figure.suptitle(f"{path}: W + {layer.lora_alpha / layer.lora_rank:g} · A B", fontsize=11)
+    plt.close(figure)
+    return figure
+
+
+def plot_before_after(before: Evaluation, after: Evaluation, *, title: str = "") -> Figure:
+    """Show the share of right answers before and after tuning, by category, with 95 % intervals."""
+    if not before.asked or set(before.asked) != set(after.asked):
+        raise ValueError(f"before and after asked the same. Received: {[*before.asked]} and {[*after.asked]}")
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    places = np.arange(len(before))
-    for shift, shares, label, color in ((-0.2, before, "before", _BASE), (0.2, after, "after", _TUNED)):
-        bars = axes.bar(places + shift, [shares[name] for name in before], 0.38, label=label, color=color)
+    places = np.arange(len(before.asked))
+    for shift, result, label, color in ((-0.2, before, "before", _BASE), (0.2, after, "after", _TUNED)):
+        shares = np.array([result.share(name) for name in before.asked])
+        low, high = np.array([result.interval(name) for name in before.asked]).T
+        reach = np.maximum([shares - low, high - shares], 0)
+        bars = axes.bar(places + shift, shares, 0.38, label=label, color=color, yerr=reach, ecolor="#5f6368", capsize=3)
         axes.bar_label(bars, fmt=lambda share: f"{share:.1%}", padding=2)
-    axes.set(xticks=places, xticklabels=list(before), ylim=(0, 1.15), yticks=[0, 0.5, 1], ylabel="share right")
+    axes.set(xticks=places, xticklabels=list(before.asked), ylim=(0, 1.2), yticks=[0, 0.5, 1], ylabel="share right")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _finished(figure, axes, title or "Answers right, word for word")
+    return _finished(figure, axes, title or "Answers right, word for word (whiskers: 95 % intervals)")
+
+
+def plot_bars(values: Mapping[str, float], *, title: str = "", form: str = "{:.2f}") -> Figure:
+    """Show named numbers as bars, from top to bottom, each with its value written by the format `form`."""
+    if not values:
+        raise ValueError("There are no values to plot.")
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(values)), layout="constrained")
+    bars = axes.barh(list(values), list(values.values()), 0.7, color=_TUNED)
+    axes.bar_label(bars, fmt=form, padding=3)
+    axes.invert_yaxis()
+    axes.set(xticks=[], xlim=(0, 1.12 * max(values.values())))
+    axes.spines["bottom"].set_visible(False)
+    return _finished(figure, axes, title)
 
 
 def _finished(figure: Figure, axes, title: str) -> Figure:

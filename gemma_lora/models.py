@@ -89,6 +89,15 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
         RuntimeError: The preset could not be fetched: no access, no consent, no network.
     """
     name = str(preset)
+    settings = recommended(name)
+    model = from_preset(keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype))
+    model.gemma_lora = State(preset=name, settings=settings)
+    return model
+
+
+def from_preset(kind: type, preset: str | Path, **options):
+    """Make a KerasHub object of a kind, such as `CausalLM`, from what `load` takes as `preset`; errors as there."""
+    name = str(preset)
     folder = _TINY_FOLDER if name == TINY else Path(name).expanduser()
     is_folder = folder.is_dir()
     if is_folder and not (folder / "config.json").is_file():
@@ -97,11 +106,9 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     if not is_folder and name not in known and "/" not in name:
         gemmas = ", ".join(sorted(known_name for known_name in known if known_name.startswith("gemma")))
         raise ValueError(f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub.")
-    settings = recommended(name)
-    policy = keras.dtype_policies.get(dtype or settings.dtype)
     try:
         with quiet() if is_folder else nullcontext():  # a download shows its progress
-            model = keras_hub.models.CausalLM.from_preset(str(folder) if is_folder else name, dtype=policy)
+            return kind.from_preset(str(folder) if is_folder else name, **options)
     except Exception as error:
         if is_folder or isinstance(error, MemoryError | TypeError):
             raise
@@ -111,5 +118,3 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
             "a token in KAGGLE_USERNAME and KAGGLE_KEY (Colab: the key symbol on the left). Without them, "
             f'gl.load("{TINY}") needs nothing.'
         ) from error
-    model.gemma_lora = State(preset=name, settings=settings)
-    return model

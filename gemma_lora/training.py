@@ -1,6 +1,7 @@
 """Train the adapters: loss and accuracy per real token, validation, and a record of what was run."""
 
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,29 @@ class TokenTrainer(keras.Model):
         return ops.sum(losses * sample_weight) / ops.maximum(ops.sum(sample_weight), 1.0)
 
 
+class LossCurve(keras.callbacks.Callback):
+    """Collect the training loss of each twentieth of an epoch, per token that counts.
+
+    Keras logs the mean since the epoch began; the difference of two such sums is the loss in between.
+    """
+
+    def __init__(self, batches: Batches):
+        super().__init__()
+        self.points, self._batches = [], batches
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._tokens, self._before = epoch, 0.0, (0.0, 0.0)
+
+    def on_train_batch_end(self, step, logs=None):
+        steps = len(self._batches)
+        self._tokens += float(self._batches[step][2].sum())
+        if (step + 1) * 20 // steps > step * 20 // steps:  # else the loss stays on the device, and nothing waits
+            total, (old_total, old_tokens) = float(logs["loss"]) * self._tokens, self._before
+            loss = (total - old_total) / max(self._tokens - old_tokens, 1.0)
+            self.points.append((self._epoch + (step + 1) / steps, loss))
+            self._before = total, self._tokens
+
+
 def trainer_of(model) -> TokenTrainer:
     """The model's trainer: one a model, so that what it compiled is used again."""
     state = state_of(model)
@@ -73,7 +97,8 @@ def fit(
 
     What is left open is taken from `recommended(model)`, and shown in the first line. The published recipe is
     `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends training after the step at
-    hand and leaves a usable model and its history: a Keras `History` of loss and accuracy per token that counts.
+    hand and leaves a usable model and its history: a Keras `History` of loss and accuracy per token that counts. Its
+    attribute `curve` holds (epochs done, training loss since the point before), 20 points an epoch.
 
     Args:
         model: A model with adapters, from `enable_lora`.
@@ -113,7 +138,8 @@ def fit(
         "seed": seed,
     }
     if verbose != 0:
-        print(f"One epoch is {len(batches):,} steps. " + ", ".join(f"{name}={value}" for name, value in run.items()))
+        shown = ", ".join(f"{name}={value}" for name, value in run.items())
+        print(textwrap.fill(f"One epoch is {len(batches):,} steps. {shown}", width=100))
         for name, part in (("training", encoded), ("validation", held_out)):
             if part is not None and (part.truncated or part.dropped):
                 print(
@@ -125,16 +151,18 @@ def fit(
     optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
     trainer = trainer_of(model)
     trainer.compile(optimizer=optimizer)
+    curve = LossCurve(batches)
     start = time.monotonic()
     with stop_after_step(trainer):
         history = trainer.fit(
             batches,
             validation_data=None if held_out is None else Batches(held_out, batch_size=settings.batch_size),
             epochs=epochs,
-            callbacks=list(callbacks),
+            callbacks=[curve, *callbacks],
             shuffle=False,  # Batches shuffles, by the seed; Keras would draw from Python's global generator
             verbose=verbose,
         )
+    history.curve = curve.points
     state.run = run | {
         "template": get_template(settings.template),
         "epochs": len(history.epoch),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gemma_lora.batches import Batches, Tokenizer, encode, shift_for_next_token
+from gemma_lora.batches import Batches, encode, load_tokenizer, shift_for_next_token, show_tokens, tokenizer_of
 
 RECORDS = [
     {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},
@@ -24,12 +24,12 @@ def test_the_end_token_is_always_learned(tiny, template, end, loss_on):
     for length in (256, 25):
         encoded = encode(tiny, RECORDS, template=template, loss_on=loss_on, sequence_length=length)
         for example in encoded.examples:
-            assert example.targets[-1] == Tokenizer(tiny).id_of(end)
+            assert example.targets[-1] == tokenizer_of(tiny).id_of(end)
             assert example.weights[-1] == 1
 
 
 def test_the_weighted_targets_are_the_response(tiny):
-    tokenizer = Tokenizer(tiny)
+    tokenizer = tokenizer_of(tiny)
     example = encode(tiny, RECORDS).examples[0]
     learned = [target for target, weight in zip(example.targets, example.weights, strict=True) if weight]
     assert tokenizer.decode(learned) == RECORDS[0]["response"]
@@ -100,3 +100,25 @@ def test_a_model_without_tokenizer_is_refused(random_model):
     model.preprocessor = None
     with pytest.raises(ValueError, match="no SentencePiece tokenizer"):
         encode(model, RECORDS)
+
+
+def test_a_tokenizer_loads_without_weights_and_encodes_like_the_model(tiny):
+    tokenizer = load_tokenizer("tiny_gemma_en")
+    assert len(tokenizer) == tiny.backbone.vocabulary_size
+    assert encode(tokenizer, RECORDS).examples == encode(tiny, RECORDS).examples
+    ids = tokenizer.encode(["a\n\nb ü"])
+    assert "".join(tokenizer.tokens(ids)) == "a⏎⏎b▁<0xC3><0xBC>"
+    with pytest.raises(ValueError, match="No preset or folder"):
+        load_tokenizer("tiny_gema_en")
+
+
+def test_shown_tokens_are_those_that_training_learns(tiny):
+    view = show_tokens(tiny, RECORDS)
+    examples = encode(tiny, RECORDS).examples
+    assert view.counts()["learned"] == sum(sum(example.weights) for example in examples)
+    longest = max(len(example.inputs) for example in examples) + 1
+    assert {len(row) for row in view.rows} == {longest}
+    assert view.counts()["padding"] == sum(longest - len(example.inputs) - 1 for example in examples)
+    one = show_tokens(tiny, RECORDS[0], loss_on="all")
+    assert one.counts()["read"] == 1  # <bos> alone is never asked for
+    assert (one.rows[0][0][0], one.rows[0][-1][0]) == ("<bos>", "<eos>")

@@ -3,6 +3,7 @@ import os
 import signal
 
 import keras
+import numpy as np
 import pytest
 
 import gemma_lora as gl
@@ -92,3 +93,21 @@ def test_ctrl_c_while_measuring_leaves_a_usable_model(tiny, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         gl.evaluate(tiny, gl.load_tiny_world()[1].select(range(40)), answers=False)
     assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=3).startswith("Paris")
+
+
+def test_the_interval_holds_the_true_share_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for share, n in ((0.5, 20), (0.9, 100), (0.02, 50)):
+        held = 0
+        for right in rng.binomial(n, share, size=2000):
+            low, high = Evaluation(0.5, 0.9, right={"a": int(right)}, asked={"a": n}).interval()
+            assert 0 <= low <= right / n <= high <= 1
+            held += low <= share <= high
+        assert 0.92 <= held / 2000 <= 0.99
+
+
+def test_distinct_counts_pairs_over_all_texts():
+    assert gl.distinct(["a b c", "a b"]) == 2 / 3
+    assert gl.distinct(["a a a"], n=1) == 1 / 3
+    with pytest.raises(ValueError, match="No text has 2 words"):
+        gl.distinct(["", "one"])

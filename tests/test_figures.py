@@ -2,22 +2,61 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora.evaluation import Evaluation
 
 
 def test_figures_show_what_they_are_given():
     figure = gl.plot_lengths([10, 20, 300], sequence_length=256)
     assert "33.3% cut" in figure.axes[0].get_title(loc="left")
-    bars = gl.plot_before_after({"open_qa": 0.0}, {"open_qa": 0.9}).axes[0].patches
-    assert [bar.get_height() for bar in bars] == [0.0, 0.9]
+    before = Evaluation(1.0, 0.5, right={"open_qa": 0}, asked={"open_qa": 10})
+    after = Evaluation(0.5, 0.9, right={"open_qa": 9}, asked={"open_qa": 10})
+    axes = gl.plot_before_after(before, after).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [0.0, 0.9]
+    assert [text.get_text() for text in axes.texts] == ["0.0%", "90.0%"]
 
+
+def test_the_history_shows_the_way_through_each_epoch_and_the_held_out_loss_after_it():
     class History:
         history = {"loss": [2.0, 1.0], "val_loss": [2.5, 1.5]}  # noqa: RUF012
+        curve = [(0.5, 3.0), (1, 1.0), (1.5, 1.0), (2, 1.0)]  # noqa: RUF012
 
     lines = gl.plot_history(History).axes[0].lines
-    assert [list(np.asarray(line.get_ydata())) for line in lines] == [[2.0, 1.0], [2.5, 1.5]]
+    assert [list(np.asarray(line.get_ydata())) for line in lines] == [[3.0, 1.0, 1.0, 1.0], [2.5, 1.5]]
+    del History.curve  # as in a history of Keras's own
+    assert list(gl.plot_history(History).axes[0].lines[0].get_xdata()) == [1, 2]
 
 
-@pytest.mark.parametrize("call", [lambda: gl.plot_lengths([]), lambda: gl.plot_before_after({"a": 1}, {"b": 1})])
-def test_figures_refuse_what_they_cannot_show(call):
-    with pytest.raises(ValueError, match=r"no lengths|same labels"):
-        call()
+def test_an_adapter_is_shown_to_scale(tiny_lora):
+    figure = gl.plot_lora(tiny_lora, "decoder_block_1/attention/query")
+    sizes = {axes.get_title().splitlines()[0]: axes.images[0].get_array().shape for axes in figure.axes}
+    assert sizes == {"W: 192 × 48": (192, 48), "A: 192 × 4": (192, 4), "B: 4 × 48": (4, 48), "A B: 192 × 48": (192, 48)}
+    assert "all zero" in figure.axes[2].get_title()
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in figure.axes}) == 1
+
+
+@pytest.mark.parametrize("family", ["gemma_many_kv", "gemma2", "gemma3"])
+def test_adapters_of_all_layers_of_each_family_can_be_shown(random_model, family):
+    model = random_model(family)
+    gl.enable_lora(model, targets="all_linear")
+    from gemma_lora.lora import lora_layers
+
+    for path in [*lora_layers(model)][:7]:
+        assert path in gl.plot_lora(model, path).get_suptitle()
+
+
+def test_bars_are_labelled_from_top_to_bottom():
+    axes = gl.plot_bars({"greedy": 0.06, "top-k": 0.33}, form="{:.0%}").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["6%", "33%"]
+    assert axes.yaxis_inverted()
+
+
+def test_figures_refuse_what_they_cannot_show(tiny):
+    asked = [Evaluation(1.0, 0.5, right={name: 0}, asked={name: 1}) for name in "ab"]
+    with pytest.raises(ValueError, match="no lengths"):
+        gl.plot_lengths([])
+    with pytest.raises(ValueError, match="no values"):
+        gl.plot_bars({})
+    with pytest.raises(ValueError, match="asked the same"):
+        gl.plot_before_after(*asked)
+    with pytest.raises(ValueError, match="a layer that has an adapter"):
+        gl.plot_lora(tiny)

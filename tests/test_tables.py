@@ -1,4 +1,4 @@
-from gemma_lora.tables import Table
+from gemma_lora.tables import Table, TokenView
 
 
 def test_a_table_escapes_html_and_wraps_long_text():
@@ -16,3 +16,19 @@ def test_braces_and_blank_cells_are_only_text():
 
 def test_lines_within_a_cell_stay_lines():
     assert str(Table([{"text": "one\n\ntwo"}])).splitlines() == ["text", "one", "", "two"]
+
+
+def test_a_column_of_numbers_is_set_to_the_right():
+    table = Table([{"name": "a", "n": 5, "size": "1.5 MB"}, {"name": "b", "n": 1000, "size": "0.5 kB"}])
+    assert str(table).splitlines()[1] == "a         5  1.5 MB"
+    assert table._repr_html_().count("text-align:right") == 6
+    assert Table([])._repr_html_()
+    assert str(Table([{"n": ""}, {"n": 5}])).splitlines() == ["n", "", "5"]
+
+
+def test_tokens_in_colour_are_escaped_and_counted():
+    view = TokenView([[("<b>", 5, "read"), ("▁x", 6, "learned")], [("y", 7, "read"), ("<pad>", 0, "padding")]])
+    assert view.counts() == {"read": 2, "learned": 1, "padding": 1}
+    assert "&lt;b&gt;" in view._repr_html_()
+    assert "<b>" not in view._repr_html_()
+    assert str(view).splitlines() == ["2 read, 1 learned, 1 padding", "<b> [▁x]", "y ·"]

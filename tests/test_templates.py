@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_lora.batches import Tokenizer
+from gemma_lora.batches import tokenizer_of
 from gemma_lora.templates import TEMPLATES, Template, get_template, text_pieces
 
 # Text with control words in it more often than chance would have them.
@@ -44,7 +44,7 @@ def test_an_unknown_template_is_refused_with_the_list():
 @given(instruction=TEXT, context=TEXT, response=TEXT)
 @pytest.mark.parametrize("name", ["recipe", "turns"])
 def test_no_data_can_end_or_open_a_turn(tiny, name, instruction, context, response):
-    tokenizer, template = Tokenizer(tiny), TEMPLATES[name]
+    tokenizer, template = tokenizer_of(tiny), TEMPLATES[name]
     control = {tokenizer.id_of(token) for token in ("<start_of_turn>", "<end_of_turn>", "<eos>", "<bos>", "<pad>")}
     record = {"instruction": instruction, "context": context}
 
@@ -57,11 +57,11 @@ def test_no_data_can_end_or_open_a_turn(tiny, name, instruction, context, respon
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_any_text_survives_encoding_and_decoding(tiny, text):
-    tokenizer = Tokenizer(tiny)
+    tokenizer = tokenizer_of(tiny)
     assert tokenizer.decode(tokenizer.encode(text_pieces(text))) == text
 
 
 def test_a_field_that_completes_a_control_token_is_still_text(tiny):
     template = Template("sly", "<{instruction}>", "{instruction}{context}")
-    ids = Tokenizer(tiny).encode(template.pieces("end_of_turn"))
-    assert Tokenizer(tiny).id_of("<end_of_turn>") not in ids
+    ids = tokenizer_of(tiny).encode(template.pieces("end_of_turn"))
+    assert tokenizer_of(tiny).id_of("<end_of_turn>") not in ids

@@ -81,9 +81,10 @@ def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(tiny_fac
 
 def test_what_was_run_is_attached_and_shown(tiny_lora, world, capsys):
     gl.fit(tiny_lora, world[0], validation=world[1], verbose=2)
-    first = capsys.readouterr().out.splitlines()[0]
-    assert "rows=64" in first
-    assert "learning_rate=0.005" in first
+    out = capsys.readouterr().out
+    assert out.startswith("One epoch is 17 steps. rows=64,")
+    assert "learning_rate=0.005" in out
+    assert max(map(len, out.splitlines()[:2])) <= 100
     run = tiny_lora.gemma_lora.run
     assert (run["rows"], run["epochs"], run["template"].name, run["seed"]) == (64, 1, "recipe", 0)
     assert run["history"]["val_loss"][0] > 0
@@ -143,3 +144,24 @@ def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora):
     before = gl.evaluate(tiny_lora, held_out, answers=False).loss
     history = gl.fit(tiny_lora, train, validation=held_out, verbose=0)
     assert history.history["val_loss"][-1] < before - 0.3
+
+
+def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
+    model, train = tiny_factory(), gl.load_tiny_world()[0].select(range(100))
+    gl.enable_lora(model)
+    history = gl.fit(model, train, epochs=2, batch_size=2, learning_rate=1e-12, verbose=0)  # so that nothing changes
+    epochs, losses = zip(*history.curve, strict=True)
+    assert len(losses) == 40
+    assert epochs[19] == 1
+    assert epochs[39] == 2
+    batches = Batches(encode(model, train), batch_size=2, seed=0)
+    batches.on_epoch_end()  # as Keras does before the first epoch
+    order = [batches[i] for i in range(len(batches))]
+    shares = [round(epoch * len(order)) for epoch in (0, *epochs[:20])]
+    trainer = trainer_of(model)
+    for start, stop, loss in zip(shares, shares[1:], losses, strict=False):
+        sums = np.zeros(2)
+        for x, y, weights in order[start:stop]:
+            measured = trainer.evaluate(x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True)["loss"]
+            sums += measured * weights.sum(), weights.sum()
+        assert abs(loss - sums[0] / sums[1]) < 1e-3

@@ -1,0 +1,279 @@
+"""The notebooks' exercises, which check themselves: a wrong answer gets a hint that names the misconception.
+
+>>> loss_weights([0, 0, 0, 1, 1], prompt=3, response=2)
+Not yet. You gave 5 weights for 4 targets. Targets are the ids moved on by one: the first id is never a target.
+>>> loss_weights([0, 0, 1, 1], prompt=3, response=2)
+Right. The last id of the prompt already predicts the first of the response, so 2 zeros come before 2 ones.
+
+Each returns a `Verdict`. An answer of None is one that is still to be given.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from string import Formatter
+
+import numpy as np
+
+from gemma_lora.batches import SHAPE_STEP
+from gemma_lora.evaluation import distinct
+from gemma_lora.tables import Table
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """Whether an answer is right, and why, or a hint."""
+
+    right: bool
+    text: str
+    given: bool = True
+
+    def __repr__(self) -> str:
+        return f"{'Right.' if self.right else 'Not yet.' if self.given else 'Your turn.'} {self.text}"
+
+    def _repr_html_(self) -> str:
+        color = "#188038" if self.right else "#d93025" if self.given else "#1a73e8"
+        return f'<div style="border-left:4px solid {color};padding:4px 10px">{html.escape(repr(self))}</div>'
+
+
+def template(text: str | None) -> Verdict:
+    """02: write a prompt template of your own, without context, in the form of a question and an answer."""
+    if text is None:
+        return _open
+    if not isinstance(text, str):
+        return Verdict(False, f"A template is text. You gave a {type(text).__name__}.")
+    try:
+        fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        return Verdict(False, f"Its braces do not match: {error}.")
+    if fields & {"response", "answer"}:
+        return Verdict(False, "It holds the response. When you ask there is none yet: a prompt ends where it begins.")
+    if fields != {"instruction"}:
+        return Verdict(False, f"A question fills the field {{instruction}}, that alone. You have {sorted(fields)}.")
+    after = text.split("{instruction}")[-1]
+    if not after.strip():
+        return Verdict(False, "Nothing marks the end of the question, so the model may write more of it. Add a cue.")
+    if after.endswith(" "):
+        return Verdict(
+            False, "It ends in a space, but ' Paris' is one token, its space included. End it in a line break."
+        )
+    if not after.endswith("\n"):
+        return Verdict(
+            False, "The first word of the response would stick to your cue. End the template in a line break."
+        )
+    return Verdict(True, "One field, a cue for the answer, and an end at which tokens cannot join.")
+
+
+def loss_weights(answer: Sequence[int] | None, *, prompt: int, response: int) -> Verdict:
+    """02: which targets count, for a prompt and a response (end token included) of so many ids."""
+    if answer is None:
+        return _open
+    if not isinstance(answer, Sequence) or not set(answer) <= {0, 1}:
+        return Verdict(False, "Answer with a list of zeros and ones, such as [0, 0, 1].")
+    answer, targets = list(answer), prompt + response - 1
+    if len(answer) != targets:
+        return Verdict(
+            False,
+            f"You gave {len(answer)} weights for {targets} targets. Targets are the ids moved on by one: the first id "
+            "is never a target.",
+        )
+    if all(answer):
+        return Verdict(False, "So the model learns to write prompts too: that is loss_on='all'. Leave the prompt out.")
+    if answer == [0] * prompt + [1] * (response - 1):
+        return Verdict(False, "One zero too many: the last id of the prompt predicts the first of the response.")
+    if answer[-1] == 0:
+        return Verdict(False, "Without the last target, the end token, the model never learns to stop.")
+    why = f"so {prompt - 1} zeros come before {response} ones."
+    if answer == [0] * (prompt - 1) + [1] * response:
+        return Verdict(True, f"The last id of the prompt already predicts the first of the response, {why}")
+    return Verdict(False, "A weight is 1 where the target belongs to the response, end token included, and else 0.")
+
+
+def sequence_length(answer: int | None, *, lengths: Sequence[int], cut: float = 0.05) -> Verdict:
+    """02: the shortest sequence length, a multiple of 16, that cuts at most a share of the records."""
+    lengths = np.asarray(lengths)
+    choices = range(SHAPE_STEP, int(lengths.max()) + 2 * SHAPE_STEP, SHAPE_STEP)
+    right = next(length for length in choices if np.mean(lengths > length) <= cut)
+    if (wrong := _not_a_number(answer)) is not None:
+        return wrong
+    share = np.mean(lengths > answer)
+    if answer == right:
+        return Verdict(True, f"It cuts {share:.1%}, and {right - SHAPE_STEP} would cut more than {cut:.0%}.")
+    if answer % SHAPE_STEP:
+        return Verdict(False, f"Shapes are multiples of {SHAPE_STEP} tokens. Round up to the next one.")
+    if answer < right:
+        middle = "Half of all records are longer than the median. " if answer <= np.median(lengths) + SHAPE_STEP else ""
+        return Verdict(False, f"{middle}It cuts {share:.1%} of the records: too many.")
+    return Verdict(
+        False, f"It cuts {share:.1%}, but longer is not safer: every step would compute padding. A shorter one does."
+    )
+
+
+def sampler(answer: str | None) -> Verdict:
+    """03: which sampler gives the same answer every time, without a seed, at the least work."""
+    hints = {
+        "top_k": "It draws among the 5 most likely tokens: another seed, another answer.",
+        "top_p": "It draws among the most likely tokens that make up 90 %: another seed, another answer.",
+        "random": "It draws among all tokens. A seed repeats a draw, it does not take it away.",
+        "beam": "It draws nothing, true, but follows five answers at once: five times the work.",
+    }
+    if answer is None:
+        return _open
+    if answer == "greedy":
+        return Verdict(True, "It takes the most likely token each time; nothing is drawn, so no seed matters.")
+    return Verdict(False, hints.get(answer, f"Answer with a name: 'greedy', {', '.join(map(repr, hints))}."))
+
+
+def new_tokens(answer: int | None, *, prompt: int, max_length: int) -> Verdict:
+    """03: how many tokens are left for the answer, if KerasHub's `max_length` is so much and the prompt so long."""
+    hints = {
+        max_length: "max_length counts the prompt too: it is the length of the whole sequence.",
+        prompt: "That is the prompt. The answer gets what is left of max_length.",
+        prompt + max_length: "max_length is not added to the prompt, it includes it.",
+    }
+    why = f"{max_length} - {prompt}. A longer question leaves a shorter answer; gl.generate counts new tokens instead."
+    return _number(answer, max_length - prompt, why, hints, "Take the prompt's tokens from max_length.")
+
+
+def distinct_share(answer: float | None, *, text: str) -> Verdict:
+    """03: distinct-2 of a text, by hand."""
+    words, right = text.split(), distinct([text])
+    pairs = len(words) - 1
+    hints = {
+        round(right * pairs): "That is how many pairs differ. Divide by all pairs.",
+        round(right * pairs) / len(words): f"There are {len(words)} words but only {pairs} pairs of neighbours.",
+        1 - right: "That is the share of repeats: 1 minus what is asked.",
+        len(set(words)) / len(words): "Those are single words (distinct-1). Count pairs of neighbours.",
+    }
+    return _number(answer, right, f"{right * pairs:.0f} different pairs of {pairs}.", hints,
+                   "List the pairs of neighbouring words, and count those that differ.", within=0.006)  # fmt: skip
+
+
+def adapter_parameters(answer: int | None, *, model, rank: int) -> Verdict:
+    """04: how many parameters adapters of a rank train, on query and value of all layers."""
+    shape = model.backbone
+    one = (shape.num_query_heads + shape.num_key_value_heads) * shape.hidden_dim * rank + 2 * rank * shape.head_dim
+    right = one * shape.num_layers
+    hints = {
+        one: f"That is one layer. There are {shape.num_layers}.",
+        right // rank * 4: "That is rank 4. A has a column, and B a row, for each of the rank's directions.",
+        right // rank * rank**2: "A and B each grow with the rank, not with its square.",
+        (shape.num_query_heads + shape.num_key_value_heads) * shape.hidden_dim * shape.head_dim * shape.num_layers: (
+            "Those are the frozen weights themselves. LoRA trains two thin factors instead."
+        ),
+    }
+    why = f"{one:,} in each of {shape.num_layers} layers: the count grows in step with the rank."
+    return _number(answer, right, why, hints, "(query heads + key/value heads) · width · rank + 2 · rank · head width, "
+                   "for each layer.")  # fmt: skip
+
+
+def steps(answer: int | None, *, rows: int, batch_size: int, epochs: int) -> Verdict:
+    """04: how often the optimizer changes the weights."""
+    one = math.ceil(rows / batch_size)
+    hints = {
+        one: f"That is one epoch. There are {epochs}.",
+        rows * epochs: f"Each step takes a batch of {batch_size} records, not one.",
+        rows * batch_size * epochs: "A larger batch means fewer steps, not more: divide.",
+        rows // batch_size * epochs: "The last batch is not full, and is a step all the same: round up.",
+    }
+    why = f"{one:,} batches an epoch, {epochs} epochs."
+    return _number(answer, one * epochs, why, hints, "Batches in an epoch (rounded up), times epochs.")
+
+
+def best_epoch(answer: int | None, *, training: Sequence[float], held_out: Sequence[float]) -> Verdict:
+    """04: after which epoch (counted from 1) to stop, given the two curves."""
+    right = int(np.argmin(held_out)) + 1
+    hints = {
+        int(np.argmin(training))
+        + 1: "There the *training* loss is lowest: the model has learned these records by heart. "
+        "Watch the records that it was not trained on.",
+        right - 1: "Epochs are counted from 1 here, Python's indices from 0.",
+        right + 1: "By then the held-out loss has risen again.",
+    }
+    return _number(answer, right, f"From epoch {right + 1} on only the training loss still falls: that is memorising.",
+                   hints, "Find the epoch with the lowest held-out loss.")  # fmt: skip
+
+
+def questions_needed(answer: int | None, *, share: float, reach: float) -> Verdict:
+    """05: how many questions make a 95 % interval of `reach` to each side, around a share of right answers."""
+    z = 1.96
+    right, worst = z**2 * share * (1 - share) / reach**2, z**2 / (4 * reach**2)
+    hints = {
+        round(worst): "Enough, but more than you need: that is the worst case, a share of 50 %.",
+        round(right / 4): "That reaches twice as far to each side. Half the reach takes four times the questions.",
+        round(right * 4): "That is for half the reach: it is asked for to each side, not as the whole width.",
+        round(1 / reach): "The interval shrinks with the square root of the count, not with the count.",
+    }
+    return _number(answer, right, f"1.96² · {share:g} · {1 - share:.2g} / {reach:g}² is {right:.0f}.", hints,
+                   "1.96 · sqrt(share · (1 - share) / n) is the reach. Solve for n.", within=0.1 * right)  # fmt: skip
+
+
+def perplexity_of(answer: float | None, *, loss: float) -> Verdict:
+    """05: the perplexity that belongs to a loss in nats a token."""
+    right = math.exp(loss)
+    hints = {
+        2**loss: "That is 2 to the loss. Keras's loss is in nats, not bits: the base is e.",
+        loss: "That is the loss itself. Perplexity is its exponential.",
+        math.exp(-loss): "That is the mean probability of a right token. Perplexity is 1 over it.",
+    }
+    why = f"exp({loss:g}): as unsure as a choice among {right:.2f} equally likely tokens."
+    return _number(answer, right, why, hints, "Perplexity is exp(loss).", within=0.02)
+
+
+def fair_comparison(answer: str | None) -> Verdict:
+    """05: which of four comparisons shows what tuning did."""
+    hints = {
+        "A": "The model has seen these very answers: memorising would look the same as learning.",
+        "B": "Two things changed at once. The difference may be the sampler's.",
+        "D": "You would choose what you want to see. Choose the questions before you read an answer.",
+    }
+    if answer is None:
+        return _open
+    if answer == "C":
+        return Verdict(True, "Only the adapters differ, and no tuning record was about what is asked.")
+    return Verdict(False, hints.get(answer, "Answer with a letter: 'A', 'B', 'C' or 'D'."))
+
+
+def rubric(table: Table, marks: Sequence[Sequence[int | None]]) -> Table:
+    """05: your own reading of answers: for each, whether it is coherent, relevant and right.
+
+    Args:
+        table: What `gl.compare` returned.
+        marks: For each row of the table three marks: 2 yes, 1 partly, 0 no, None not read yet.
+    """
+    if len(marks) != len(table.rows) or any(len(row) != 3 or not set(row) <= {0, 1, 2, None} for row in marks):
+        raise ValueError(
+            f"marks has {len(table.rows)} rows of three marks, each 0, 1, 2 or None. Received: {marks!r:.80}"
+        )
+    names = ("coherent", "relevant", "right")
+    rows = [{"prompt": row["prompt"], **dict(zip(names, map(_mark, given), strict=True))}
+            for row, given in zip(table.rows, marks, strict=True)]  # fmt: skip
+    columns = [[mark for mark in column if mark is not None] for column in zip(*marks, strict=True)]
+    means = [f"{np.mean(column):.1f} of 2" if column else "to do" for column in columns]
+    return Table([*rows, {"prompt": "mean", **dict(zip(names, means, strict=True))}])
+
+
+_open = Verdict(False, "Replace None with your answer, and run this cell again.", given=False)
+
+
+def _mark(mark: int | None) -> str:
+    return "to do" if mark is None else ("no", "partly", "yes")[mark]
+
+
+def _not_a_number(answer) -> Verdict | None:
+    if answer is None:
+        return _open
+    if not isinstance(answer, Real) or isinstance(answer, bool) or not math.isfinite(answer):
+        return Verdict(False, f"Answer with a number. You gave {answer!r:.40}.")
+    return None
+
+
+def _number(answer, right: float, why: str, hints: dict[float, str], otherwise: str, within: float = 0) -> Verdict:
+    """Judge a number: right, one of the wrong ones that have a hint of their own, or another."""
+    if (wrong := _not_a_number(answer)) is not None:
+        return wrong
+    if abs(answer - right) <= within:
+        return Verdict(True, why)
+    return Verdict(False, next((hint for value, hint in hints.items() if abs(answer - value) <= within), otherwise))
