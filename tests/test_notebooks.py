@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import tomllib
@@ -6,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import gemma_lora as gl
 from notebooks import NOTEBOOKS, README_PICTURE, ROOT, picture
 
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -41,12 +43,14 @@ def test_the_parameters_are_literals_with_form_fields_that_can_be_overridden(not
     *lines, last = parameters[0].source.splitlines()
     assert last == "gl.override_parameters(globals())"
     assert all(re.match(r"[A-Z_]+ = .+# @param", line) for line in lines)
+    for line in lines:
+        ast.literal_eval(line.split(" = ", 1)[1].split("  #")[0])
 
 
 def test_cells_are_short_define_nothing_and_were_run_in_order(notebook):
     for number, cell in enumerate(code_cells(notebook[1]), start=1):
         assert len(cell.source.splitlines()) <= 25
-        assert not re.search(r"^(def|class) ", cell.source, re.MULTILINE)
+        assert "exercise" in tags(cell) or not re.search(r"^\s*(def|class) ", cell.source, re.MULTILINE)
         assert cell.execution_count == number
         assert not [output for output in cell.outputs if output.output_type == "error"]
 
@@ -55,6 +59,28 @@ def test_some_outputs_are_compared_and_some_cells_assert(notebook):
     compared = [cell for cell in code_cells(notebook[1]) if cell.outputs and "nbval-ignore-output" not in tags(cell)]
     assert len(compared) >= 3
     assert sum("assert " in cell.source for cell in code_cells(notebook[1])) >= 3
+
+
+def test_times_bars_and_pictures_are_not_compared(notebook):
+    for cell in code_cells(notebook[1]):
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        text = "".join(output.get("text", "") for output in cell.outputs)
+        if "image/png" in kinds or "application/vnd.jupyter.widget-view+json" in kinds or "/step" in text:
+            assert "nbval-ignore-output" in tags(cell), cell.id
+        assert not [output for output in cell.outputs if output.get("name") == "stderr"], cell.id
+
+
+def test_all_notebooks_set_up_alike_and_install_the_version_that_they_were_written_for(notebook):
+    setup = code_cells(notebook[1])[0].source
+    assert setup == code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    account = REPOSITORY.removeprefix("https://github.com/")
+    assert f'REPOSITORY, VERSION = "{account}", "{gl.__version__}"' in setup
+
+
+def test_each_notebook_says_what_it_takes_and_leads_on(notebook):
+    first, last = notebook[1].cells[0].source, notebook[1].cells[-1].source
+    assert all(f"**What you {word}.**" in first for word in ("will do", "will learn", "need"))
+    assert all(part in last for part in ("## What you saw, and what it does not show", "**On your own.**", "**Next"))
 
 
 def test_relative_links_lead_somewhere(notebook):
