@@ -1,11 +1,12 @@
 # `make` lists what there is. Every target makes its own .venv first, once, and again when pyproject.toml changes.
 PYTHON ?= python3
 PRESET ?= tiny_gemma_en
+COLAB_FREEZE ?= ../shared/colab/pip-freeze-cpu-2026-08-19.txt
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-peers lint notebooks bench
+.PHONY: help demo test test-full test-peers test-colab lint notebooks bench set-repo test-browser
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "%-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,7 +15,7 @@ demo: .venv/.dev  ## watch LoRA change what a Gemma does (two minutes; PRESET=ge
 	@GEMMA_LORA_PRESET="$(PRESET)" $(BIN)/python tests/notebooks.py demo
 
 test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what is committed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not full and not peers"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not full and not peers"
 	$(BIN)/python tests/notebooks.py test
 
 test-full: .venv/.dev  ## the long counts: more seeds, more examples
@@ -22,6 +23,12 @@ test-full: .venv/.dev  ## the long counts: more seeds, more examples
 
 test-peers: .venv/.peers  ## the same results from Transformers and PEFT
 	$(BIN)/python -m pytest -m peers tests/peers
+
+test-colab:  ## the set-up cell, the tests and the notebooks on the versions that Colab has (Python 3.13)
+	$(PYTHON) tests/colab.py "$(COLAB_FREEZE)"
+
+test-browser: .venv/.browser  ## run the notebooks in JupyterLab and Chromium, and photograph them, light and dark
+	$(BIN)/python tests/browser.py
 
 lint: .venv/.dev  ## style of code and notebooks
 	$(BIN)/ruff check .
@@ -33,12 +40,19 @@ notebooks: .venv/.dev  ## execute the notebooks and save them, and their pages u
 bench: .venv/.dev  ## measure what the README's table of results says
 	$(BIN)/python tests/benchmarks/small_world.py
 
+set-repo:  ## write the public address of the repository wherever it is needed: REPO=owner/name
+	@$(PYTHON) tests/set_repo.py "$$REPO"
+
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'gemma_lora needs Python 3.11 to 3.13: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv --clear .venv
 
 .venv/.dev: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+.venv/.browser: .venv/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,browser]"
 	@touch $@
 
 .venv/.peers: .venv/.dev

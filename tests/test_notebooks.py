@@ -102,5 +102,5 @@ def test_the_picture_of_the_readme_is_the_one_that_the_quickstart_made():
 
 def test_the_repository_is_the_same_everywhere(notebook):
     account = REPOSITORY.removeprefix("https://github.com/")
-    for found in re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)", "\n".join(c.source for c in notebook[1].cells)):
+    for found in re.findall(r"github(?:\.com)?/([\w-]+/[\w.-]+)", "\n".join(c.source for c in notebook[1].cells)):
         assert found == account

@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 import sentencepiece
+from packaging.version import Version
 
 import gemma_lora as gl
 from gemma_lora.tiny import build, world
@@ -63,6 +64,10 @@ def test_the_corpus_holds_no_instruction_and_no_template():
     assert not [question for question in questions if question in joined]
 
 
+@pytest.mark.skipif(
+    Version(sentencepiece.__version__) < Version("0.2.3"),
+    reason="older trainers abort Python where a required character does not occur in the corpus",
+)
 def test_the_vocabulary_of_the_package_is_that_of_the_build():
     documents = corpus(documents=build.DOCUMENTS, seed=build.SEED)
     shipped = (FOLDER / "assets/tokenizer/vocabulary.spm").read_bytes()
