@@ -23,11 +23,12 @@ if "keras" not in sys.modules:
 
 _NAMES_IN = {
     "runtime": ("override_parameters", "setup"),
+    "tables": ("Table",),
+    "credentials": ("find_credentials",),
     "records": ("COLUMNS", "load_dolly", "load_records"),
     "tiny.questions": ("load_tiny_world",),
     "templates": ("TEMPLATES", "Template"),
     "models": ("load", "recommended"),
-    "tables": ("Table",),
     "batches": ("encode", "load_tokenizer", "shift_for_next_token", "show_tokens"),
     "lora": ("adapters_off", "enable_lora"),
     "training": ("fit",),

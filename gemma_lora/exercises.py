@@ -57,22 +57,24 @@ def template(text: str | None) -> Verdict:
         return Verdict(False, "Nothing marks the end of the question, so the model may write more of it. Add a cue.")
     if after.endswith(" "):
         return Verdict(
-            False, "It ends in a space, but ' Paris' is one token, its space included. End it in a line break."
+            False, "It ends in a space, but a word's space is part of its token: '▁Paris'. End it in a line break."
         )
     if not after.endswith("\n"):
         return Verdict(
-            False, "The first word of the response would stick to your cue. End the template in a line break."
+            False, "A response would follow your cue without a space: 'Answer:Paris'. End it in a line break."
         )
-    return Verdict(True, "One field, a cue for the answer, and an end at which tokens cannot join.")
+    return Verdict(True, "One field, a cue for the answer, and a line break, after which a response may start.")
 
 
 def loss_weights(answer: Sequence[int] | None, *, prompt: int, response: int) -> Verdict:
     """02: which targets count, for a prompt and a response (end token included) of so many ids."""
     if answer is None:
         return _open
-    if not isinstance(answer, Sequence) or not set(answer) <= {0, 1}:
+    targets = prompt + response - 1
+    try:
+        answer = [{0: 0, 1: 1}[weight] for weight in answer]
+    except (KeyError, TypeError):
         return Verdict(False, "Answer with a list of zeros and ones, such as [0, 0, 1].")
-    answer, targets = list(answer), prompt + response - 1
     if len(answer) != targets:
         return Verdict(
             False,
@@ -121,6 +123,7 @@ def sampler(answer: str | None) -> Verdict:
     }
     if answer is None:
         return _open
+    answer = str(answer).strip().lower()
     if answer == "greedy":
         return Verdict(True, "It takes the most likely token each time; nothing is drawn, so no seed matters.")
     return Verdict(False, hints.get(answer, f"Answer with a name: 'greedy', {', '.join(map(repr, hints))}."))
@@ -231,6 +234,7 @@ def fair_comparison(answer: str | None) -> Verdict:
     }
     if answer is None:
         return _open
+    answer = str(answer).strip().upper()
     if answer == "C":
         return Verdict(True, "Only the adapters differ, and no tuning record was about what is asked.")
     return Verdict(False, hints.get(answer, "Answer with a letter: 'A', 'B', 'C' or 'D'."))
@@ -243,7 +247,9 @@ def rubric(table: Table, marks: Sequence[Sequence[int | None]]) -> Table:
         table: What `gl.compare` returned.
         marks: For each row of the table three marks: 2 yes, 1 partly, 0 no, None not read yet.
     """
-    if len(marks) != len(table.rows) or any(len(row) != 3 or not set(row) <= {0, 1, 2, None} for row in marks):
+    if len(marks) != len(table.rows) or any(
+        len(row) != 3 or any(mark not in (0, 1, 2, None) for mark in row) for row in marks
+    ):
         raise ValueError(
             f"marks has {len(table.rows)} rows of three marks, each 0, 1, 2 or None. Received: {marks!r:.80}"
         )
@@ -259,7 +265,7 @@ _open = Verdict(False, "Replace None with your answer, and run this cell again."
 
 
 def _mark(mark: int | None) -> str:
-    return "to do" if mark is None else ("no", "partly", "yes")[mark]
+    return "to do" if mark is None else ("no", "partly", "yes")[int(mark)]
 
 
 def _not_a_number(answer) -> Verdict | None:

@@ -13,7 +13,7 @@ _BASE, _TUNED, _CUT = "#9aa5b1", "#1a73e8", "#d93025"
 
 
 def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) -> Figure:
-    """Show how many tokens the records have (before any cut), and what share of them a sequence length cuts."""
+    """Show how many tokens the records have (before any cut), and what share is longer than a sequence length."""
     lengths = np.asarray(lengths)
     if lengths.size == 0:
         raise ValueError("There are no lengths to plot.")
@@ -24,7 +24,7 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
     if sequence_length is not None:
         axes.axvline(sequence_length, color=_CUT, linestyle="--", label=f"sequence length {sequence_length}")
         axes.legend(frameon=False)
-        title += f"; {np.mean(lengths > sequence_length):.1%} cut"
+        title += f"; {np.mean(lengths > sequence_length):.1%} longer than {sequence_length}"
     return _finished(figure, axes, title)
 
 
@@ -98,7 +98,7 @@ def plot_bars(values: Mapping[str, float], *, title: str = "", form: str = "{:.2
     bars = axes.barh(list(values), list(values.values()), 0.7, color=_TUNED)
     axes.bar_label(bars, fmt=form, padding=3)
     axes.invert_yaxis()
-    axes.set(xticks=[], xlim=(0, 1.12 * max(values.values())))
+    axes.set(xticks=[], xlim=(0, 1.12 * max(values.values()) or 1))
     axes.spines["bottom"].set_visible(False)
     return _finished(figure, axes, title)
 

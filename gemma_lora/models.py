@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import keras_hub
 
+from gemma_lora.credentials import find_credentials
 from gemma_lora.runtime import quiet
 
 TINY = "tiny_gemma_en"
@@ -106,6 +107,8 @@ def from_preset(kind: type, preset: str | Path, **options):
     if not is_folder and name not in known and "/" not in name:
         gemmas = ", ".join(sorted(known_name for known_name in known if known_name.startswith("gemma")))
         raise ValueError(f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub.")
+    if not is_folder:
+        find_credentials()  # in Colab this hands the secrets to Kaggle's client
     try:
         with quiet() if is_folder else nullcontext():  # a download shows its progress
             return kind.from_preset(str(folder) if is_folder else name, **options)

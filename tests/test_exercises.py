@@ -14,7 +14,7 @@ WRONG = {
     "template": [
         ("Question: {instruction}\nAnswer: {response}\n", "holds the response"),
         ("Question: {instruction}\nAnswer: ", "ends in a space"),
-        ("Question: {instruction}\nAnswer:", "stick to your cue"),
+        ("Question: {instruction}\nAnswer:", "follow your cue without a space"),
         ("Question: {question}\nAnswer:\n", r"\['question'\]"),
         ("{instruction}\n", "Nothing marks the end"),
         ("Question: {instruction\n", "braces"),
@@ -84,7 +84,7 @@ def exercises():
         for cell, below in pairwise(cells):
             if "exercise" in cell.metadata.get("tags", []):
                 solution = re.fullmatch(
-                    r"<details><summary>Solution</summary>\n<pre><code>(.*?)</code></pre>\n<p>.+</p>\n</details>",
+                    r"<details><summary>Solution</summary>\n<pre><code>(.*?)</code></pre>\n<br>\n<p>.+</p>\n</details>",
                     below.source,
                     re.DOTALL,
                 )
@@ -97,7 +97,9 @@ def exercises():
 @pytest.fixture
 def namespace(tiny):
     """What the notebooks have made before their exercises."""
-    return {"gl": gl, "np": np, "model": tiny, "encoded": gl.encode(tiny, gl.load_tiny_world()[0])}
+    heads = tiny.backbone.num_query_heads + tiny.backbone.num_key_value_heads
+    encoded = gl.encode(tiny, gl.load_tiny_world()[0])
+    return {"gl": gl, "np": np, "model": tiny, "shape": tiny.backbone, "heads": heads, "encoded": encoded}
 
 
 def run(cell, namespace: dict, answer: str):
@@ -127,6 +129,19 @@ def test_wrong_answers_get_a_hint_that_names_the_misconception(cell, solution, n
         assert not verdict.right, answer
         assert re.search(hint, verdict.text), (answer, verdict)
         assert str(verdict).startswith("Not yet.")
+
+
+def test_answers_of_other_types_are_judged_alike(tiny):
+    check = gl.exercises
+    assert check.loss_weights(np.array([0, 0, 1, 1]), prompt=3, response=2).right
+    assert check.fair_comparison(" c").right
+    assert check.sampler("Greedy").right
+    assert check.adapter_parameters(np.int64(16_896), model=tiny, rank=4).right
+    assert check.new_tokens(15.0, prompt=49, max_length=64).right
+    for odd in ([[0], [1]], {}, "x", 1.5):
+        assert not check.loss_weights(odd, prompt=3, response=2).right
+        assert not check.fair_comparison(odd).right
+        assert not check.steps(odd, rows=10, batch_size=4, epochs=1).right
 
 
 def test_every_notebook_from_02_to_05_has_three_exercises_and_all_are_tested():

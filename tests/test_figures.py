@@ -7,7 +7,7 @@ from gemma_lora.evaluation import Evaluation
 
 def test_figures_show_what_they_are_given():
     figure = gl.plot_lengths([10, 20, 300], sequence_length=256)
-    assert "33.3% cut" in figure.axes[0].get_title(loc="left")
+    assert "33.3% longer than 256" in figure.axes[0].get_title(loc="left")
     before = Evaluation(1.0, 0.5, right={"open_qa": 0}, asked={"open_qa": 10})
     after = Evaluation(0.5, 0.9, right={"open_qa": 9}, asked={"open_qa": 10})
     axes = gl.plot_before_after(before, after).axes[0]

@@ -47,6 +47,21 @@ def test_the_parameters_are_literals_with_form_fields_that_can_be_overridden(not
         ast.literal_eval(line.split(" = ", 1)[1].split("  #")[0])
 
 
+def test_every_parameter_is_overridden_by_the_environment(notebook, monkeypatch):
+    (cell,) = [cell for cell in code_cells(notebook[1]) if "parameters" in tags(cell)]
+    values = {}
+    exec(cell.source, {"gl": gl}, values)  # its names are globals there, so nothing is overridden here
+    expected = {
+        name: type(value)({str: "another", int: 7}.get(type(value), not value)) for name, value in values.items()
+    }
+    for name, value in expected.items():
+        monkeypatch.setenv(f"GEMMA_LORA_{name}", str(value))
+    namespace = {"gl": gl}
+    exec(cell.source, namespace)
+    assert {name: namespace[name] for name in values} == expected
+    assert values.keys() >= {"PRESET"}
+
+
 def test_cells_are_short_define_nothing_and_were_run_in_order(notebook):
     for number, cell in enumerate(code_cells(notebook[1]), start=1):
         assert len(cell.source.splitlines()) <= 25

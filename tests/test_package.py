@@ -46,8 +46,8 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
 
 def test_imports_point_down_the_list_of_modules():
     order = [
-        "runtime", "records", "templates", "models", "tables", "batches", "lora", "training", "sampling", "evaluation",
-        "figures", "adapters", "exercises",
+        "runtime", "tables", "credentials", "records", "templates", "models", "batches", "lora", "training", "sampling",
+        "evaluation", "figures", "adapters", "exercises",
     ]  # fmt: skip
     assert set(order) == {path.stem for path in (ROOT / "gemma_lora").glob("*.py")} - {"__init__"}
     for i, name in enumerate(order):
@@ -75,4 +75,4 @@ def test_dependencies_stand_in_pyproject_alone():
 
 def test_the_library_stays_thin():
     lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "gemma_lora").glob("*.py"))
-    assert lines <= 2100
+    assert lines <= 2200

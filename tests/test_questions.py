@@ -16,7 +16,7 @@ ANSWERED = {
     "11 why JSON Lines": "02 json-lines, 02 bad-line",
     "12 what 10, 100, 1,000 rows buy": "04 rows, 04 rows-picture",
     "13 what the template is worth": "05 template, 05 template-picture",
-    "14 when to keep context": "02 context, 05 context",
+    "14 when to keep context": "02 context, 05 context, 05 context-answers",
     "16 text, tokens, ids, padding and mask": "02 tokens, 02 mask, 02 shift, 02 padding",
     "17 how a name becomes a model": "03 folder",
     "18 what the tokenizer does": "03 tokenizer",
