@@ -121,12 +121,9 @@ def sampler(answer: str | None) -> Verdict:
         "random": "It draws among all tokens. A seed repeats a draw, it does not take it away.",
         "beam": "It draws nothing, true, but follows five answers at once: five times the work.",
     }
-    if answer is None:
-        return _open
-    answer = str(answer).strip().lower()
-    if answer == "greedy":
-        return Verdict(True, "It takes the most likely token each time; nothing is drawn, so no seed matters.")
-    return Verdict(False, hints.get(answer, f"Answer with a name: 'greedy', {', '.join(map(repr, hints))}."))
+    why = "It takes the most likely token each time; nothing is drawn, so no seed matters."
+    names = f"Answer with a name: 'greedy', {', '.join(map(repr, hints))}."
+    return _choice(answer, "greedy", why, hints, names)
 
 
 def new_tokens(answer: int | None, *, prompt: int, max_length: int) -> Verdict:
@@ -232,12 +229,8 @@ def fair_comparison(answer: str | None) -> Verdict:
         "B": "Two things changed at once. The difference may be the sampler's.",
         "D": "You would choose what you want to see. Choose the questions before you read an answer.",
     }
-    if answer is None:
-        return _open
-    answer = str(answer).strip().upper()
-    if answer == "C":
-        return Verdict(True, "Only the adapters differ, and no tuning record was about what is asked.")
-    return Verdict(False, hints.get(answer, "Answer with a letter: 'A', 'B', 'C' or 'D'."))
+    why = "Only the adapters differ, and no tuning record was about what is asked."
+    return _choice(answer, "C", why, hints, "Answer with a letter: 'A', 'B', 'C' or 'D'.")
 
 
 def rubric(table: Table, marks: Sequence[Sequence[int | None]]) -> Table:
@@ -262,6 +255,16 @@ def rubric(table: Table, marks: Sequence[Sequence[int | None]]) -> Table:
 
 
 _open = Verdict(False, "Replace None with your answer, and run this cell again.", given=False)
+
+
+def _choice(answer, right: str, why: str, hints: dict[str, str], otherwise: str) -> Verdict:
+    """Judge a choice among a few texts, in upper or lower case."""
+    if answer is None:
+        return _open
+    text = str(answer).strip().lower()
+    if text == right.lower():
+        return Verdict(True, why)
+    return Verdict(False, next((hint for name, hint in hints.items() if name.lower() == text), otherwise))
 
 
 def _mark(mark: int | None) -> str:
