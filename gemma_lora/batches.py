@@ -155,11 +155,11 @@ def encode(
 
 
 def show_tokens(model, records, *, template="recipe", sequence_length=256, loss_on="response") -> TokenView:
-    """Show records as the tokens that a model is trained on, in colour: what is only read, what is learned, padding.
+    """Show records as tokens, in colour: what training on them only reads, what it learns, and padding.
 
     Args:
         model, template, sequence_length, loss_on: As in `encode`.
-        records: One record or a few. Several are padded to the longest, as in a batch.
+        records: One record or a few. Several are padded to the longest; one without room for a response is left out.
     """
     tokenizer = tokenizer_of(model)
     records = [records] if isinstance(records, Mapping) else list(records)

@@ -18,7 +18,7 @@ def find_credentials() -> Table:
     home = Path.home() / ".kaggle"
     found = {
         "environment: KAGGLE_API_TOKEN": bool(os.environ.get("KAGGLE_API_TOKEN")),
-        "file: ~/.kaggle/access_token": (home / "access_token").is_file(),
+        "file: ~/.kaggle/access_token": any((home / f"access_token{end}").is_file() for end in ("", ".txt")),
         "environment: KAGGLE_USERNAME and KAGGLE_KEY": all(os.environ.get(name) for name in NAMES[1:]),
         "file: kaggle.json": (Path(os.environ.get("KAGGLE_CONFIG_DIR") or home) / "kaggle.json").is_file(),
     }
@@ -41,7 +41,7 @@ def _share_colab_secrets() -> dict[str, str]:
     for name in NAMES:
         if not os.environ.get(name):
             try:
-                os.environ[name] = userdata.get(name)
-            except tuple(reasons) as error:
-                refused[name] = reasons[type(error)]
+                os.environ[name] = userdata.get(name).strip()
+            except Exception as error:  # Colab's own three, or a process that has no page to ask
+                refused[name] = reasons.get(type(error), "could not be asked for: that takes a notebook's page")
     return refused

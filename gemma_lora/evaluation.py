@@ -46,6 +46,8 @@ class Evaluation(ShowsAsTable):
         0.9
         """
         chosen = categories or tuple(self.asked)
+        if not chosen:
+            raise ValueError("No question was asked, so there is no share. Call gl.evaluate(..., answers=True).")
         if unknown := set(chosen) - set(self.asked):
             raise ValueError(f"No question of category {sorted(unknown)} was asked; there are: {sorted(self.asked)}.")
         return sum(self.right[name] for name in chosen) / sum(self.asked[name] for name in chosen)
@@ -61,7 +63,8 @@ class Evaluation(ShowsAsTable):
         n = sum(self.asked[name] for name in categories or self.asked)
         middle = share + z**2 / (2 * n)
         reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-        return tuple(min(max((middle + side * reach) / (1 + z**2 / n), 0.0), 1.0) for side in (-1, 1))
+        low, high = (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
+        return min(low, share), max(high, share)  # at 0 and 1 rounding would leave the share itself out
 
     def table(self) -> Table:
         """A row for each category, under a caption with the loss."""
@@ -151,13 +154,17 @@ def compare(
 
 
 def distinct(texts: Sequence[str], *, n: int = 2) -> float:
-    """Share of n-grams of words that differ, over all texts: distinct-n (Li et al., 2016, arXiv:1510.03055).
+    """Different n-grams of words, divided by all n-grams, over all texts: distinct-n.
 
-    1 means that no n words follow each other twice; the lower, the more is said again.
+    1 means that no n words follow each other twice; the lower, the more is said again. (Li et al., 2016,
+    arXiv:1510.03055, divide by all words instead.)
 
     >>> distinct(["the sea the sea the sun"])
     0.6
     """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n counts words, 1 or more. Received: {n!r}")
+    texts = [texts] if isinstance(texts, str) else texts
     words = [text.split() for text in texts]
     ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
     if not ngrams:

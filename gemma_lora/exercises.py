@@ -5,14 +5,13 @@ Not yet. You gave 5 weights for 4 targets. Targets are the ids moved on by one: 
 >>> loss_weights([0, 0, 1, 1], prompt=3, response=2)
 Right. The last id of the prompt already predicts the first of the response, so 2 zeros come before 2 ones.
 
-Each returns a `Verdict`. An answer of None is one that is still to be given.
+Each but `rubric` returns a `Verdict`. An answer of None is one that is still to be given.
 """
 
 import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from string import Formatter
 
 import numpy as np
@@ -81,15 +80,15 @@ def loss_weights(answer: Sequence[int] | None, *, prompt: int, response: int) ->
             f"You gave {len(answer)} weights for {targets} targets. Targets are the ids moved on by one: the first id "
             "is never a target.",
         )
+    if answer == [0] * (prompt - 1) + [1] * response:
+        why = f"so {prompt - 1} zeros come before {response} ones."
+        return Verdict(True, f"The last id of the prompt already predicts the first of the response, {why}")
     if all(answer):
         return Verdict(False, "So the model learns to write prompts too: that is loss_on='all'. Leave the prompt out.")
     if answer == [0] * prompt + [1] * (response - 1):
         return Verdict(False, "One zero too many: the last id of the prompt predicts the first of the response.")
     if answer[-1] == 0:
         return Verdict(False, "Without the last target, the end token, the model never learns to stop.")
-    why = f"so {prompt - 1} zeros come before {response} ones."
-    if answer == [0] * (prompt - 1) + [1] * response:
-        return Verdict(True, f"The last id of the prompt already predicts the first of the response, {why}")
     return Verdict(False, "A weight is 1 where the target belongs to the response, end token included, and else 0.")
 
 
@@ -148,7 +147,7 @@ def distinct_share(answer: float | None, *, text: str) -> Verdict:
         len(set(words)) / len(words): "Those are single words (distinct-1). Count pairs of neighbours.",
     }
     return _number(answer, right, f"{right * pairs:.0f} different pairs of {pairs}.", hints,
-                   "List the pairs of neighbouring words, and count those that differ.", within=0.006)  # fmt: skip
+                   "List the pairs of neighbouring words, and count those that differ.", within=0.007)  # fmt: skip
 
 
 def adapter_parameters(answer: int | None, *, model, rank: int) -> Verdict:
@@ -177,6 +176,7 @@ def steps(answer: int | None, *, rows: int, batch_size: int, epochs: int) -> Ver
         rows * epochs: f"Each step takes a batch of {batch_size} records, not one.",
         rows * batch_size * epochs: "A larger batch means fewer steps, not more: divide.",
         rows // batch_size * epochs: "The last batch is not full, and is a step all the same: round up.",
+        math.ceil(rows * epochs / batch_size): "No batch mixes two epochs: round up in each of them.",
     }
     why = f"{one:,} batches an epoch, {epochs} epochs."
     return _number(answer, one * epochs, why, hints, "Batches in an epoch (rounded up), times epochs.")
@@ -185,15 +185,17 @@ def steps(answer: int | None, *, rows: int, batch_size: int, epochs: int) -> Ver
 def best_epoch(answer: int | None, *, training: Sequence[float], held_out: Sequence[float]) -> Verdict:
     """04: after which epoch (counted from 1) to stop, given the two curves."""
     right = int(np.argmin(held_out)) + 1
+    by_heart = "There the *training* loss is lowest: the model has learned these records by heart."
     hints = {
-        int(np.argmin(training))
-        + 1: "There the *training* loss is lowest: the model has learned these records by heart. "
-        "Watch the records that it was not trained on.",
         right - 1: "Epochs are counted from 1 here, Python's indices from 0.",
         right + 1: "By then the held-out loss has risen again.",
+        int(np.argmin(training)) + 1: f"{by_heart} Watch the records that it was not trained on.",
     }
-    return _number(answer, right, f"From epoch {right + 1} on only the training loss still falls: that is memorising.",
-                   hints, "Find the epoch with the lowest held-out loss.")  # fmt: skip
+    if right < len(held_out):
+        why = f"From epoch {right + 1} on only the training loss still falls: that is memorising."
+    else:
+        why = "The held-out loss still falls at the end: one more epoch may pay."
+    return _number(answer, right, why, hints, "Find the epoch with the lowest held-out loss.")
 
 
 def questions_needed(answer: int | None, *, share: float, reach: float) -> Verdict:
@@ -207,7 +209,7 @@ def questions_needed(answer: int | None, *, share: float, reach: float) -> Verdi
         round(1 / reach): "The interval shrinks with the square root of the count, not with the count.",
     }
     return _number(answer, right, f"1.96² · {share:g} · {1 - share:.2g} / {reach:g}² is {right:.0f}.", hints,
-                   "1.96 · sqrt(share · (1 - share) / n) is the reach. Solve for n.", within=0.1 * right)  # fmt: skip
+                   "1.96 · sqrt(share · (1 - share) / n) is the reach. Solve for n.", within=0.1)  # fmt: skip
 
 
 def perplexity_of(answer: float | None, *, loss: float) -> Verdict:
@@ -219,7 +221,7 @@ def perplexity_of(answer: float | None, *, loss: float) -> Verdict:
         math.exp(-loss): "That is the mean probability of a right token. Perplexity is 1 over it.",
     }
     why = f"exp({loss:g}): as unsure as a choice among {right:.2f} equally likely tokens."
-    return _number(answer, right, why, hints, "Perplexity is exp(loss).", within=0.02)
+    return _number(answer, right, why, hints, "Perplexity is exp(loss).", within=0.01)
 
 
 def fair_comparison(answer: str | None) -> Verdict:
@@ -241,7 +243,8 @@ def rubric(table: Table, marks: Sequence[Sequence[int | None]]) -> Table:
         marks: For each row of the table three marks: 2 yes, 1 partly, 0 no, None not read yet.
     """
     if len(marks) != len(table.rows) or any(
-        len(row) != 3 or any(mark not in (0, 1, 2, None) for mark in row) for row in marks
+        not isinstance(row, Sequence) or len(row) != 3 or any(mark not in (0, 1, 2, None) for mark in row)
+        for row in marks
     ):
         raise ValueError(
             f"marks has {len(table.rows)} rows of three marks, each 0, 1, 2 or None. Received: {marks!r:.80}"
@@ -274,15 +277,19 @@ def _mark(mark: int | None) -> str:
 def _not_a_number(answer) -> Verdict | None:
     if answer is None:
         return _open
-    if not isinstance(answer, Real) or isinstance(answer, bool) or not math.isfinite(answer):
+    try:
+        if isinstance(answer, bool | str) or not math.isfinite(answer):  # a NumPy or JAX scalar is a number, too
+            raise TypeError
+    except TypeError:
         return Verdict(False, f"Answer with a number. You gave {answer!r:.40}.")
     return None
 
 
 def _number(answer, right: float, why: str, hints: dict[float, str], otherwise: str, within: float = 0) -> Verdict:
-    """Judge a number: right, one of the wrong ones that have a hint of their own, or another."""
+    """Judge a number: right (`within` a share of it), near a wrong one that has a hint of its own, or another."""
     if (wrong := _not_a_number(answer)) is not None:
         return wrong
-    if abs(answer - right) <= within:
+    if math.isclose(answer, right, rel_tol=within):
         return Verdict(True, why)
-    return Verdict(False, next((hint for value, hint in hints.items() if abs(answer - value) <= within), otherwise))
+    nearest = min(hints, key=lambda value: abs(answer - value))
+    return Verdict(False, hints[nearest] if math.isclose(answer, nearest, rel_tol=within) else otherwise)

@@ -31,9 +31,10 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
 def plot_history(history) -> Figure:
     """Show what `fit` returned: training loss per real token along the way, and held-out loss after each epoch."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    epochs = np.arange(1, len(history.history["loss"]) + 1)
+    epochs = np.arange(1.0, len(history.history["loss"]) + 1)
     curve = getattr(history, "curve", None) or [*zip(epochs, history.history["loss"], strict=True)]
-    axes.plot(*zip(*curve, strict=True), marker=".", label="training, in each twentieth of an epoch", color=_BASE)
+    epochs[-1] = curve[-1][0]  # a run that was stopped ended within an epoch
+    axes.plot(*zip(*curve, strict=True), marker=".", label="training, along the way", color=_BASE)
     if "val_loss" in history.history:
         axes.plot(epochs, history.history["val_loss"], "o", label="held out, after the epoch", color=_TUNED)
     axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, None), ylim=(0, None))
@@ -81,7 +82,7 @@ def plot_before_after(before: Evaluation, after: Evaluation, *, title: str = "")
     for shift, result, label, color in ((-0.2, before, "before", _BASE), (0.2, after, "after", _TUNED)):
         shares = np.array([result.share(name) for name in before.asked])
         low, high = np.array([result.interval(name) for name in before.asked]).T
-        reach = np.maximum([shares - low, high - shares], 0)
+        reach = [shares - low, high - shares]
         bars = axes.bar(places + shift, shares, 0.38, label=label, color=color, yerr=reach, ecolor="#5f6368", capsize=3)
         axes.bar_label(bars, fmt=lambda share: f"{share:.1%}", padding=2)
     axes.set(xticks=places, xticklabels=list(before.asked), ylim=(0, 1.2), yticks=[0, 0.5, 1], ylabel="share right")

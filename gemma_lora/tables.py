@@ -31,10 +31,12 @@ class Table:
     def _is_number(self) -> list[bool]:
         """For each column, whether all its cells are numbers, perhaps with a unit."""
         columns = zip(*self._cells()[1:], strict=True)
-        return [all(re.fullmatch(r"-?[\d.,]+( ?%| [kMG]i?B)?", cell) for cell in column) for column in columns]
+        return [
+            all(re.fullmatch(r"-?\d[\d.,]*(e[+-]?\d+)?( ?%| [kMG]i?B)?", cell) for cell in column) for column in columns
+        ]
 
     def __str__(self) -> str:
-        justify = [str.rjust if number else str.ljust for number in self._is_number()] or [str.ljust]
+        justify = [str.rjust if number else str.ljust for number in self._is_number()]
         grid = [[_wrapped(cell, self._width) for cell in row] for row in self._cells()]
         widths = [max(len(line) for cell in column for line in cell) for column in zip(*grid, strict=True)]
         lines = [self.caption] if self.caption else []
@@ -47,7 +49,7 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        sides = ["right" if number else "left" for number in self._is_number()] or ["left"] * len(self._cells()[0])
+        sides = ["right" if number else "left" for number in self._is_number()]
 
         def line(tag: str, cells: list[str]) -> str:
             inner = "".join(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import keras
+import numpy as np
 from keras import ops
 
 from gemma_lora import runtime
@@ -51,21 +52,28 @@ class LossCurve(keras.callbacks.Callback):
     Keras logs the mean since the epoch began; the difference of two such sums is the loss in between.
     """
 
+    async_safe = True  # or Keras would wait for the loss of every step
+
     def __init__(self, batches: Batches):
         super().__init__()
         self.points, self._batches = [], batches
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._epoch, self._tokens, self._before = epoch, 0.0, (0.0, 0.0)
+        steps = range(len(self._batches))
+        self._means, self._tokens = {}, np.cumsum([float(self._batches[step][2].sum()) for step in steps])
 
     def on_train_batch_end(self, step, logs=None):
-        steps = len(self._batches)
-        self._tokens += float(self._batches[step][2].sum())
-        if (step + 1) * 20 // steps > step * 20 // steps:  # else the loss stays on the device, and nothing waits
-            total, (old_total, old_tokens) = float(logs["loss"]) * self._tokens, self._before
-            loss = (total - old_total) / max(self._tokens - old_tokens, 1.0)
-            self.points.append((self._epoch + (step + 1) / steps, loss))
-            self._before = total, self._tokens
+        if (step + 1) * 20 // len(self._batches) > step * 20 // len(self._batches):
+            self._means[step] = logs["loss"]  # still on the device
+
+    def on_epoch_end(self, epoch, logs=None):
+        old_total = old_tokens = 0.0
+        for step, mean in sorted(self._means.items()):
+            tokens = self._tokens[step]
+            total = float(mean) * tokens
+            loss = (total - old_total) / max(tokens - old_tokens, 1.0)
+            self.points.append((epoch + (step + 1) / len(self._batches), float(loss)))
+            old_total, old_tokens = total, tokens
 
 
 def trainer_of(model) -> TokenTrainer:
@@ -98,7 +106,7 @@ def fit(
     What is left open is taken from `recommended(model)`, and shown in the first line. The published recipe is
     `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends training after the step at
     hand and leaves a usable model and its history: a Keras `History` of loss and accuracy per token that counts. Its
-    attribute `curve` holds (epochs done, training loss since the point before), 20 points an epoch.
+    attribute `curve` holds (epochs done, training loss since the point before), at most 20 points an epoch.
 
     Args:
         model: A model with adapters, from `enable_lora`.

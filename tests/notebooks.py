@@ -38,9 +38,10 @@ class TerminalClient(NotebookClient):
         return super().process_message(msg, cell, cell_index)
 
 
-def execute(path: Path, client=NotebookClient) -> nbformat.NotebookNode:
-    """Run a notebook from top to bottom in a kernel of its own, without what earlier runs left."""
-    shutil.rmtree(path.parent / "artifacts", ignore_errors=True)
+def execute(path: Path, client=NotebookClient, *, fresh: bool = True) -> nbformat.NotebookNode:
+    """Run a notebook from top to bottom in a kernel of its own; if `fresh`, without what earlier runs left."""
+    if fresh:
+        shutil.rmtree(path.parent / "artifacts", ignore_errors=True)
     notebook = nbformat.read(path, as_version=4)
     runner = client(
         notebook, timeout=3600, kernel_name="python3", coalesce_streams=True, record_timing=False,

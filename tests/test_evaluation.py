@@ -109,5 +109,8 @@ def test_the_interval_holds_the_true_share_about_as_often_as_it_says():
 def test_distinct_counts_pairs_over_all_texts():
     assert gl.distinct(["a b c", "a b"]) == 2 / 3
     assert gl.distinct(["a a a"], n=1) == 1 / 3
+    assert gl.distinct("ab ab ab") == 1 / 2
+    with pytest.raises(ValueError, match="n counts words"):
+        gl.distinct(["a b"], n=0)
     with pytest.raises(ValueError, match="No text has 2 words"):
         gl.distinct(["", "one"])

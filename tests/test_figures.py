@@ -22,6 +22,8 @@ def test_the_history_shows_the_way_through_each_epoch_and_the_held_out_loss_afte
 
     lines = gl.plot_history(History).axes[0].lines
     assert [list(np.asarray(line.get_ydata())) for line in lines] == [[3.0, 1.0, 1.0, 1.0], [2.5, 1.5]]
+    History.curve = [(0.5, 3.0), (1, 1.0), (1.5, 1.0)]  # stopped within the second epoch
+    assert list(gl.plot_history(History).axes[0].lines[1].get_xdata()) == [1, 1.5]
     del History.curve  # as in a history of Keras's own
     assert list(gl.plot_history(History).axes[0].lines[0].get_xdata()) == [1, 2]
 

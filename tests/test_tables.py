@@ -23,6 +23,8 @@ def test_a_column_of_numbers_is_set_to_the_right():
     assert str(table).splitlines()[1] == "a         5  1.5 MB"
     assert table._repr_html_().count("text-align:right") == 6
     assert Table([])._repr_html_()
+    assert str(Table([{"rate": 5e-05}, {"rate": 5}])).splitlines()[2] == "    5"
+    assert str(Table([{"text": "..."}, {"text": "5"}])).splitlines()[2] == "5"
     assert str(Table([{"n": ""}, {"n": 5}])).splitlines() == ["n", "", "5"]
 
 

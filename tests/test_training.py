@@ -154,14 +154,14 @@ def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
     assert len(losses) == 40
     assert epochs[19] == 1
     assert epochs[39] == 2
-    batches = Batches(encode(model, train), batch_size=2, seed=0)
-    batches.on_epoch_end()  # as Keras does before the first epoch
-    order = [batches[i] for i in range(len(batches))]
-    shares = [round(epoch * len(order)) for epoch in (0, *epochs[:20])]
-    trainer = trainer_of(model)
-    for start, stop, loss in zip(shares, shares[1:], losses, strict=False):
-        sums = np.zeros(2)
-        for x, y, weights in order[start:stop]:
-            measured = trainer.evaluate(x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True)["loss"]
-            sums += measured * weights.sum(), weights.sum()
-        assert abs(loss - sums[0] / sums[1]) < 1e-3
+    batches, trainer = Batches(encode(model, train), batch_size=2, seed=0), trainer_of(model)
+    for points in (history.curve[:20], history.curve[20:]):
+        batches.on_epoch_end()  # as Keras does before each epoch
+        order = [batches[i] for i in range(len(batches))]
+        steps = [0, *(round(epoch % 1 * len(order)) or len(order) for epoch, _ in points)]
+        for start, stop, (_, loss) in zip(steps, steps[1:], points, strict=False):
+            sums = np.zeros(2)
+            for x, y, weights in order[start:stop]:
+                measured = trainer.evaluate(x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True)
+                sums += measured["loss"] * weights.sum(), weights.sum()
+            assert abs(loss - sums[0] / sums[1]) < 1e-3
