@@ -30,9 +30,10 @@ test-colab:  ## the set-up cell, the tests and the notebooks on the versions tha
 test-browser: .venv/.browser  ## run the notebooks in JupyterLab and Chromium, and photograph them, light and dark
 	$(BIN)/python tests/browser.py
 
-lint: .venv/.dev  ## style of code and notebooks
+lint: .venv/.dev  ## style of code and notebooks, and no token in any of them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/find_tokens.py README.md notebooks
 
 notebooks: .venv/.dev  ## execute the notebooks and save them, and their pages under artifacts/
 	$(BIN)/python tests/notebooks.py save

@@ -24,18 +24,20 @@ if "keras" not in sys.modules:
 _NAMES_IN = {
     "runtime": ("override_parameters", "setup"),
     "tables": ("Table",),
-    "credentials": ("find_credentials",),
+    "credentials": ("find_credentials", "kaggle_login"),
     "records": ("COLUMNS", "load_dolly", "load_records"),
     "tiny.questions": ("load_tiny_world",),
     "templates": ("TEMPLATES", "Template"),
     "models": ("load", "recommended"),
     "batches": ("encode", "load_tokenizer", "shift_for_next_token", "show_tokens"),
     "lora": ("adapters_off", "enable_lora"),
+    "memory": ("memory_budget",),
+    "preflight": ("check",),
     "training": ("fit",),
     "sampling": ("generate",),
     "evaluation": ("compare", "distinct", "evaluate", "perplexity"),
     "adapters": ("load_adapter", "save_adapter"),
-    "figures": ("plot_bars", "plot_before_after", "plot_history", "plot_lengths", "plot_lora"),
+    "figures": ("plot_bars", "plot_before_after", "plot_history", "plot_lengths", "plot_lora", "plot_memory"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 

@@ -1,6 +1,7 @@
 """The plots that the notebooks show. Each returns a matplotlib `Figure`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from gemma_lora.evaluation import Evaluation
 from gemma_lora.lora import lora_layers
+from gemma_lora.memory import DEVICES, MemoryBudget, Parts
 
 _BASE, _TUNED, _CUT = "#9aa5b1", "#1a73e8", "#d93025"
 
@@ -102,6 +104,44 @@ def plot_bars(values: Mapping[str, float], *, title: str = "", form: str = "{:.2
     axes.set(xticks=[], xlim=(0, 1.12 * max(values.values()) or 1))
     axes.spines["bottom"].set_visible(False)
     return _finished(figure, axes, title)
+
+
+def plot_memory(budget: MemoryBudget) -> Figure:
+    """Show what training and answering need, part by part, beside what usual devices have."""
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    here = "here, compiled" if budget.compiled else "estimate"
+    bars = {f"training\n({here})": budget.parts, f"answering\n({here})": _answering(budget.parts, budget.generation)}
+    if budget.compiled:
+        bars["training\n(GPU, estimate)"] = budget.estimate
+    left = np.zeros(len(bars))
+    for part, color in _PARTS.items():
+        sizes = np.array([getattr(parts, part) / 2**30 for parts in bars.values()])
+        axes.barh([*bars], sizes, 0.7, left=left, label="W + A B" if part == "merged" else part, color=color)
+        left += sizes
+    for y, total in enumerate(left):
+        text = axes.annotate(f"{total:.3g} GiB", (total, y), xytext=(4, 0), textcoords="offset points", va="center")
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.invert_yaxis()
+    shown = {name: size for name, size in DEVICES.items() if size < 2 * left.max()}
+    axes.set_xlim(0, max([1.15 * left.max(), *(1.05 * size for size in shown.values())]))
+    for device, size in shown.items():
+        axes.axvline(size, color=_CUT, linestyle="--")
+        axes.annotate(device, (size, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_CUT)
+    axes.set_xlabel("GiB")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    need = budget.need
+    title = f"{need.preset}, {need.dtype}, {need.batch_size} x {need.sequence_length} tokens\n"
+    return _finished(figure, axes, title)
+
+
+def _answering(parts: Parts, generation: int) -> Parts:
+    """Answering needs the weights and adapters; the rest of its peak are activations."""
+    kept = replace(parts, gradients=0, optimizer=0, merged=0, activations=0, logits=0)
+    return replace(kept, activations=generation - kept.total)
+
+
+_PARTS = dict(weights=_BASE, adapters="#1a73e8", gradients="#0b3d91", optimizer="#7b1fa2", merged="#f9ab00")
+_PARTS |= dict(activations="#34a853", logits="#e8710a")
 
 
 def _finished(figure: Figure, axes, title: str) -> Figure:

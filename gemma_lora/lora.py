@@ -6,7 +6,7 @@ matrices: W + (alpha / rank) A B. Keras calls A and B `lora_kernel_a` and `lora_
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -92,7 +92,7 @@ def enable_lora(
     """
     state = state_of(model)
     layers = linear_layers(model)
-    names = _resolve(targets, sorted({layer.name for layer in layers.values()}, key=ALL_LINEAR.index))
+    names = resolve_targets(targets, sorted({layer.name for layer in layers.values()}, key=ALL_LINEAR.index))
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank is a whole number, 1 or more. Received: rank={rank!r}")
     alpha = float(rank if alpha is None else alpha)
@@ -127,7 +127,8 @@ def enable_lora(
     return state.lora
 
 
-def _resolve(targets, present: list[str]) -> tuple[str, ...]:
+def resolve_targets(targets, present: Sequence[str]) -> tuple[str, ...]:
+    """The layer names that `targets` means, of those present; others are a ValueError that suggests one."""
     names = TARGETS.get(targets, (targets,)) if isinstance(targets, str) else tuple(targets)
     for name in names:
         if name not in present:

@@ -1,7 +1,6 @@
 """Load a Gemma by name, and know what is recommended for it."""
 
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import keras
 import keras_hub
 
-from gemma_lora.credentials import find_credentials
+from gemma_lora.access import fetch
 from gemma_lora.runtime import quiet
 
 TINY = "tiny_gemma_en"
-_TINY_FOLDER = Path(__file__).parent / "tiny" / TINY
+TINY_FOLDER = Path(__file__).parent / "tiny" / TINY
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,8 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
 
     Raises:
         ValueError: There is no preset or folder of that name.
-        RuntimeError: The preset could not be fetched: no access, no consent, no network.
+        RuntimeError: The preset could not be fetched. The text says why (no credentials, no consent to the licence, no
+            such model, a server's fault, no network, a full disk) and what to do; `reason` says it in one word.
     """
     name = str(preset)
     settings = recommended(name)
@@ -98,26 +98,23 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
 
 def from_preset(kind: type, preset: str | Path, **options):
     """Make a KerasHub object of a kind, such as `CausalLM`, from what `load` takes as `preset`; errors as there."""
+    folder = local_folder(preset)
+    if folder is None:
+        return fetch(str(preset), lambda source: kind.from_preset(source, **options))
+    with quiet():
+        return kind.from_preset(str(folder), **options)
+
+
+def local_folder(preset: str | Path) -> Path | None:
+    """The folder that `preset` is; None if it is to be fetched; a ValueError if it is neither."""
     name = str(preset)
-    folder = _TINY_FOLDER if name == TINY else Path(name).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder and not (folder / "config.json").is_file():
-        raise ValueError(f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?")
+    folder = TINY_FOLDER if name == TINY else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?")
+        return folder
     known = keras_hub.models.CausalLM.presets
-    if not is_folder and name not in known and "/" not in name:
+    if name not in known and "/" not in name:
         gemmas = ", ".join(sorted(known_name for known_name in known if known_name.startswith("gemma")))
         raise ValueError(f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub.")
-    if not is_folder:
-        find_credentials()  # in Colab this hands the secrets to Kaggle's client
-    try:
-        with quiet() if is_folder else nullcontext():  # a download shows its progress
-            return kind.from_preset(str(folder) if is_folder else name, **options)
-    except Exception as error:
-        if is_folder or isinstance(error, MemoryError | TypeError):
-            raise
-        raise RuntimeError(
-            f"Could not fetch {name!r}: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
-            "Gemma's weights need a Kaggle account, one click of consent on the model's page on kaggle.com/models, and "
-            "a token in KAGGLE_USERNAME and KAGGLE_KEY (Colab: the key symbol on the left). Without them, "
-            f'gl.load("{TINY}") needs nothing.'
-        ) from error
+    return None

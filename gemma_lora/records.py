@@ -9,6 +9,8 @@ from pathlib import Path
 
 import datasets
 
+from gemma_lora.tiny.questions import load_tiny_world
+
 COLUMNS = ("instruction", "context", "response", "category")
 DOLLY = "databricks/databricks-dolly-15k"
 
@@ -28,7 +30,12 @@ _WAYS_OUT = (
 
 
 def load_dolly(
-    *, rows: int | None = 1000, context: str = "drop", held_out: int = 0, seed: int | None = None
+    *,
+    rows: int | None = 1000,
+    context: str = "drop",
+    held_out: int = 0,
+    seed: int | None = None,
+    or_tiny_world: bool = False,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Load Databricks Dolly 15k from the Hugging Face Hub: (train, held_out).
 
@@ -39,6 +46,8 @@ def load_dolly(
         context: "drop" the rows that have a context, "keep" all, or take "only" those that have one.
         held_out: Rows to hold out. They follow the first `rows`, so they are never among them.
         seed: Shuffle first, by this seed. None keeps the file's order, as the recipe does.
+        or_tiny_world: Whether to take records of the small world, and say so, where the Hub cannot be reached and
+            nothing is cached: then at most `rows` and `held_out` of what `load_tiny_world` gives.
 
     Raises:
         ConnectionError: The Hub cannot be reached and nothing is cached.
@@ -46,7 +55,15 @@ def load_dolly(
     """
     if context not in ("drop", "keep", "only"):
         raise ValueError(f'context is "drop", "keep" or "only". Received: {context!r}')
-    dolly = _from_hub(DOLLY, split="train")
+    try:
+        dolly = _from_hub(DOLLY, split="train")
+    except ConnectionError as error:
+        if not or_tiny_world:
+            raise
+        print(f"{str(error).splitlines()[0]}\nThese are records of the small world instead.")
+        train, other = load_tiny_world()
+        size = train.num_rows if rows is None else min(rows, train.num_rows)
+        return train.select(range(size)), other.select([*range(min(held_out, other.num_rows))])
     if context != "keep":
         dolly = dolly.filter(lambda text: bool(text.strip()) == (context == "only"), input_columns="context")
     if seed is not None:

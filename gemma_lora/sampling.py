@@ -9,6 +9,7 @@ from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
 from gemma_lora.batches import tokenizer_of
+from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template, get_template
 
@@ -68,7 +69,10 @@ def generate(
     with _compiled(model, sampler, runtime.default_seed if seed is None else seed) as function:
         for start in range(0, len(by_length), _BATCH):
             rows = by_length[start : start + _BATCH]
-            ids = _generate_ids(function, [encoded[i] for i in rows], new_tokens, tuple(sorted(ends)), tokenizer.pad_id)
+            shape = {"prompts": len(rows), "sequence_length": len(encoded[rows[-1]]) + new_tokens}
+            batch = [encoded[i] for i in rows]
+            with explained_out_of_memory(model, answering=True, **shape):
+                ids = [*_generate_ids(function, batch, new_tokens, tuple(sorted(ends)), tokenizer.pad_id)]
             for i, answer in zip(rows, ids, strict=True):
                 answers[i] = tokenizer.decode(answer).strip()
     return answers[0] if one else answers

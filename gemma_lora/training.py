@@ -1,4 +1,4 @@
-"""Train the adapters: loss and accuracy per real token, validation, and a record of what was run."""
+"""Train the adapters: one epoch or many, validation, and a record of what was run."""
 
 import signal
 import textwrap
@@ -15,35 +15,10 @@ from keras import ops
 from gemma_lora import runtime
 from gemma_lora.batches import Batches, encode
 from gemma_lora.lora import adapter_weights
+from gemma_lora.loss import optimizer_for, trainer_of
+from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import recommended, state_of
 from gemma_lora.templates import get_template
-
-
-class TokenTrainer(keras.Model):
-    """A model's own layers, trained on the mean over tokens that count.
-
-    Keras's compiled losses average over padding too. Here the loss of a batch, and the epoch's loss and accuracy, are
-    sum(weight * value) / sum(weight), in nats a token.
-    """
-
-    def __init__(self, model):
-        super().__init__(inputs=model.input, outputs=model.output)
-        self._token_metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
-
-    @property
-    def metrics(self) -> list[keras.Metric]:
-        """Loss and accuracy over all the tokens of an epoch that count."""
-        return self._token_metrics
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Cross-entropy in nats for each token that counts."""
-        logits = ops.cast(y_pred, "float32")
-        losses = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
-        hits = ops.cast(ops.equal(ops.argmax(logits, axis=-1), ops.cast(y, "int32")), "float32")
-        for metric, values in zip(self._token_metrics, (losses, hits), strict=True):
-            # Flat: Keras would first average over each row, and so weigh a token by its row's padding.
-            metric.update_state(ops.reshape(values, [-1]), sample_weight=ops.reshape(sample_weight, [-1]))
-        return ops.sum(losses * sample_weight) / ops.maximum(ops.sum(sample_weight), 1.0)
 
 
 class LossCurve(keras.callbacks.Callback):
@@ -76,15 +51,6 @@ class LossCurve(keras.callbacks.Callback):
             old_total, old_tokens = total, tokens
 
 
-def trainer_of(model) -> TokenTrainer:
-    """The model's trainer: one a model, so that what it compiled is used again."""
-    state = state_of(model)
-    if state.trainer is None:
-        state.trainer = TokenTrainer(model)
-        state.trainer.compile()
-    return state.trainer
-
-
 def fit(
     model,
     train,
@@ -106,7 +72,8 @@ def fit(
     What is left open is taken from `recommended(model)`, and shown in the first line. The published recipe is
     `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends training after the step at
     hand and leaves a usable model and its history: a Keras `History` of loss and accuracy per token that counts. Its
-    attribute `curve` holds (epochs done, training loss since the point before), at most 20 points an epoch.
+    attribute `curve` holds (epochs done, training loss since the point before), at most 20 points an epoch. If a step
+    fails, the weights are those from before; out of memory, the MemoryError names settings that should fit.
 
     Args:
         model: A model with adapters, from `enable_lora`.
@@ -155,13 +122,12 @@ def fit(
                     f"{part.dropped:,} left out, as their prompt alone is longer."
                 )
 
-    optimizer = keras.optimizers.AdamW(settings.learning_rate, weight_decay=settings.weight_decay)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
     trainer = trainer_of(model)
-    trainer.compile(optimizer=optimizer)
+    trainer.compile(optimizer=optimizer_for(settings))
     curve = LossCurve(batches)
     start = time.monotonic()
-    with stop_after_step(trainer):
+    shape = {"batch_size": settings.batch_size, "sequence_length": batches.lengths[-1]}
+    with explained_out_of_memory(model, answering=False, **shape), restored_if_lost(trainer), stop_after_step(trainer):
         history = trainer.fit(
             batches,
             validation_data=None if held_out is None else Batches(held_out, batch_size=settings.batch_size),
@@ -195,6 +161,28 @@ def check_only_adapters_train(model) -> None:
             f"Only the adapters should train, but {wrong}: {min(extra or frozen)!r} is one. Setting `trainable` on a "
             "model does that. Call gl.enable_lora() again, with the options it had: it freezes the base anew."
         )
+
+
+@contextmanager
+def restored_if_lost(trainer: keras.Model) -> Iterator[None]:
+    """If a step fails and takes the weights with it, put back those from before: on JAX a step overwrites its input."""
+    frozen = [(variable, variable.value) for variable in trainer.non_trainable_variables]
+    own = [(variable, ops.copy(variable.value)) for variable in trainer.trainable_variables]
+    try:
+        yield
+    except BaseException:
+        if any(_is_lost(variable) for variable, _ in [*frozen, *own]):
+            for variable, value in [*frozen, *own]:
+                variable.assign(value)
+        raise
+
+
+def _is_lost(variable: keras.Variable) -> bool:
+    try:
+        variable._value.block_until_ready()  # Keras takes values away while it trains, and a failed step's raise here
+        return False
+    except Exception:
+        return True
 
 
 @contextmanager

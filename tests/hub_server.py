@@ -1,85 +1,216 @@
-"""A Hugging Face Hub on loopback: enough of its protocol for the real client libraries to load a data set from it."""
+"""A Hugging Face Hub on loopback: enough of its protocol for the real client libraries to load a data set or a model.
+
+What `kaggle_server` needs too is here: a server that can be told to fail, and the ways in which it does.
+"""
 
 import hashlib
 import json
+import re
+import socket
+import struct
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-HANG_UP = 0
+# Faults: any HTTP status, or one of these.
+HANG_UP = 0  # close the connection without an answer
+HANG = "hang"  # answer nothing until released
+HANG_HALF = "hang half"  # answer half of the body, and the rest only when released
+CUT = "cut"  # announce the whole body, send half of it, close the connection
+SHORT = "short"  # send half of the body as if that were all
+RESET = "reset"  # reset the connection
+Fault = int | str
 
-Response = tuple[int, dict[str, str], bytes]  # status, headers, body
+IN_THE_BODY = (HANG_HALF, CUT, SHORT)
 
 
-class HubServer:
-    """Serves data sets from memory.
+class Response(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    fault: Fault | None = None
 
-    `repos` holds each one's files as {"owner/name": {"path": content}}. `failing` makes requests fail: it gives the
-    status for every path that ends with a text, {"": 500} for all, {".jsonl": HANG_UP} to answer those with nothing.
+
+class LoopbackServer:
+    """Answers each request with what `respond` says, which subclasses write.
+
+    `failing` makes requests fail: it gives the fault for every path that ends with a text, {"": 500} for all,
+    {".jsonl": HANG_UP} to answer those with nothing. A list of faults is used up, one a request.
     """
 
     def __init__(self):
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.failing: dict[str, int] = {}
-        self._port = 0  # any free one the first time, then the same again: the clients read their endpoint only once
+        self.failing: dict[str, Fault | list[Fault]] = {}
+        self._port = 0  # any free one the first time, then the same again: clients read their endpoint only once
         self._server = None
+        self._released = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self, port: int = 0):
+        if self._server is None:
+            self._server = _Server(("127.0.0.1", port or self._port), _Handler)
+            self._server.owner = self
+            self._port = self._server.server_port
+            self._released.clear()
+            self._server.loop = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+            self._server.loop.start()
+
+    def stop(self):
+        """Stop at once: every connection is closed, what hangs as well, and every thread has ended."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.close_connections(self._released)
+            self._server.server_close()
+            self._server.loop.join()
+            self._server = None
+
+    def release(self):
+        """Answer, late, every request that hangs now."""
+        self._released.set()
+        self._released = threading.Event()
+
+    def take_fault(self, path: str, besides: tuple[Fault, ...] = ()) -> Fault | None:
+        """Take the fault that a path has now, unless it is one of `besides`."""
+        for end, faults in self.failing.items():
+            if path.endswith(end) and faults != []:
+                fault = faults[0] if isinstance(faults, list) else faults
+                if fault in besides:
+                    return None
+                return faults.pop(0) if isinstance(faults, list) else fault
+        return None
+
+    def respond(self, method: str, url: str, headers, body: bytes) -> Response:
+        raise NotImplementedError
+
+
+class HubServer(LoopbackServer):
+    """Serves data sets and models.
+
+    `repos` holds each data set's files as {"owner/name": {"path": content}}, `models` each model's, which may also be a
+    folder. Models in `gated` are only for the tokens in `tokens_with_access`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.models: dict[str, dict[str, bytes] | Path] = {}
+        self.gated: set[str] = set()
+        self.tokens_with_access: set[str] = set()
 
     @property
     def url(self) -> str:
         # `datasets` also asks a second host, "datasets-server." + this one. The user name takes that prefix here, so
-        # this second host is loopback too and nothing is looked up by name.
-        return f"http://hub@127.0.0.1:{self._port}"
+        # this second host is loopback too and nothing is looked up by name. It also takes the place of a token: where
+        # tokens matter, the endpoint is `url_for_tokens`.
+        return self.url_for_tokens.replace("://", "://hub@")
 
-    def start(self):
-        if self._server is None:
-            self._server = ThreadingHTTPServer(("127.0.0.1", self._port), _Handler)
-            self._server.hub = self
-            self._port = self._server.server_port
-            threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+    @property
+    def url_for_tokens(self) -> str:
+        return super().url
 
-    def stop(self):
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
-
-    def respond(self, url: str) -> Response:
+    def respond(self, method: str, url: str, headers, body: bytes) -> Response:
         path = unquote(urlsplit(url).path)
-        for end, status in self.failing.items():
-            if path.endswith(end):
-                return status, {}, b""
-        root, _, rest = path.removeprefix("/").partition("datasets/")
-        owner, name, route, revision, inner = (rest.split("/", 4) + [""] * 5)[:5]
-        files = self.repos.get(f"{owner}/{name}")
-        if root not in ("", "api/") or files is None:
+        fault = self.take_fault(path, besides=IN_THE_BODY if method == "HEAD" else ())
+        if fault and isinstance(fault, int):
+            return Response(fault, {}, b"")
+        recursive = parse_qs(urlsplit(url).query).get("recursive") == ["true"]
+        return self._answer(path, headers.get("Authorization") or "", recursive)._replace(fault=fault)
+
+    def _answer(self, path: str, authorization: str, recursive: bool) -> Response:
+        api, kind, path = re.fullmatch("/(api/)?(datasets/|models/)?(.*)", path).groups()
+        owner, name, route, revision, inner = (path.split("/", 4) + [""] * 5)[:5]
+        files = (self.repos if kind == "datasets/" else self.models).get(f"{owner}/{name}")
+        if files is None:
             return _missing("RepoNotFound")
-        commit = _digest(repr(sorted(files.items())).encode())
+        if isinstance(files, Path):
+            files = {str(file.relative_to(files)): file.read_bytes() for file in files.rglob("*") if file.is_file()}
+        commit = _digest(repr(sorted((file, _digest(content)) for file, content in files.items())).encode())
         if revision not in ("", "main", commit):
             return _missing("RevisionNotFound")
-        if root == "" and route == "resolve" and inner in files:
-            return 200, {"ETag": f'"{_digest(files[inner])}"', "X-Repo-Commit": commit}, files[inner]
-        if root == "api/" and route in ("", "revision"):
+        if not api and route == "resolve" and kind is None and f"{owner}/{name}" in self.gated:
+            scheme, _, token = authorization.partition(" ")
+            if token not in self.tokens_with_access:
+                return _gated(f"{owner}/{name}", known=scheme == "Bearer")
+        if not api and route == "resolve" and inner in files:
+            return Response(200, {"ETag": f'"{_digest(files[inner])}"', "X-Repo-Commit": commit}, files[inner])
+        if api and route in ("", "revision"):
             return _json({"id": f"{owner}/{name}", "sha": commit, "siblings": [{"rfilename": file} for file in files]})
-        if root == "api/" and route == "tree":
-            recursive = parse_qs(urlsplit(url).query).get("recursive") == ["true"]
-            if entries := _tree(files, inner, recursive):
-                return _json(entries)
+        if api and route == "tree" and (entries := _tree(files, inner, recursive)):
+            return _json(entries)
         return _missing("EntryNotFound", commit)
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.connections: dict[socket.socket, threading.Thread] = {}
+
+    def process_request(self, request, client_address):
+        arguments = (request, client_address)
+        self.connections[request] = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True)
+        self.connections[request].start()
+
+    def shutdown_request(self, request):
+        if request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER):
+            self.close_request(request)  # nothing comes before the reset
+        else:
+            super().shutdown_request(request)
+
+    def close_request(self, request):
+        self.connections.pop(request, None)
+        super().close_request(request)
+
+    def close_connections(self, released: threading.Event):
+        connections = dict(self.connections)
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        released.set()
+        for thread in connections.values():
+            thread.join()
+
+
 class _Handler(BaseHTTPRequestHandler):
+    def handle(self):
+        with suppress(ConnectionError):  # the client has gone, or the server was stopped
+            super().handle()
+
     def do_GET(self):
-        status, headers, body = self.server.hub.respond(self.path)
-        if status == HANG_UP:
+        owner = self.server.owner
+        released = owner._released
+        asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, headers, body, fault = owner.respond(self.command, self.path, self.headers, asked)
+        if fault == HANG:
+            released.wait()
+        if fault == RESET:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if fault in (HANG_UP, RESET):
             return
+        half = len(body) // 2
+        if fault == SHORT:
+            body = body[:half]
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "HEAD":
+            return
+        if fault in (CUT, HANG_HALF):
+            self.wfile.write(body[:half])
+            body = body[half:]
+        if fault == HANG_HALF:
+            released.wait()
+        if fault != CUT:
             self.wfile.write(body)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def log_message(self, *args):
         pass
@@ -102,8 +233,15 @@ def _digest(content: bytes) -> str:
 
 
 def _json(value) -> Response:
-    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+    return Response(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
 def _missing(what: str, commit: str | None = None) -> Response:
-    return 404, {"X-Error-Code": what, **({"X-Repo-Commit": commit} if commit else {})}, b""
+    return Response(404, {"X-Error-Code": what, **({"X-Repo-Commit": commit} if commit else {})}, b"")
+
+
+def _gated(repo: str, known: bool) -> Response:
+    """Say what the Hub says to one who has no access, `known` by a token or not."""
+    reason = "you are not in the authorized list" if known else "you must be authenticated to access it"
+    message = f"Access to model {repo} is restricted and {reason}."
+    return Response(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": message}, b"")

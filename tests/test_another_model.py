@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from kaggle_server import KaggleServer, serving_subprocesses
 
 import gemma_lora as gl
 from gemma_lora.records import DOLLY
@@ -39,15 +40,38 @@ def test_every_notebook_runs_on_another_model_and_on_dolly(path, folder, hub, mo
         assert "40 records to tune on" in text
 
 
-def test_without_an_account_the_first_notebook_says_so_and_goes_on(folder, monkeypatch):
-    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(folder))  # no credentials in files either
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")  # Kaggle's client asks this machine, where nobody answers
-    monkeypatch.setenv("KAGGLEHUB_CACHE", str(folder / "kagglehub"))
+@pytest.fixture
+def kaggle(folder, monkeypatch):
+    """Kaggle on loopback, which has the small model as gemma_2b_en; and a home without credentials."""
+    monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("GEMMA_LORA_PRESET", "gemma_2b_en")
+    server = KaggleServer()
+    server.presets["gemma_2b_en"] = folder / "another_gemma_en"
+    server.users["a-dummy-token"] = "ada"
+    with serving_subprocesses(server, folder / "kagglehub"):
+        yield server
+
+
+def test_without_an_account_the_first_notebook_says_so_and_goes_on(kaggle, folder):
     shutil.copy(NOTEBOOKS[1], folder)
     text = json.dumps(execute(folder / NOTEBOOKS[1].name))
-    assert "Could not fetch 'gemma_2b_en'" in text
-    assert "one click of consent" in text
+    assert "'gemma_2b_en' takes a Kaggle account, its consent to the licence on" in text
+    assert "No credentials for Kaggle." in text
     assert "tiny_gemma_en: 1,943,232 parameters" in text
+
+
+def test_with_an_account_but_no_consent_the_first_notebook_names_the_page(kaggle, folder, monkeypatch):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "a-dummy-token")
+    shutil.copy(NOTEBOOKS[1], folder)
+    text = json.dumps(execute(folder / NOTEBOOKS[1].name))
+    assert "ada has not accepted the licence of 'gemma_2b_en': open https://www.kaggle.com/models/keras/gemma" in text
+    assert "tiny_gemma_en: 1,943,232 parameters" in text
+
+
+def test_with_consent_the_first_notebook_fetches_the_preset_by_its_name(kaggle, folder, monkeypatch):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "a-dummy-token")
+    kaggle.consented.add("ada")
+    shutil.copy(NOTEBOOKS[1], folder)
+    text = json.dumps(execute(folder / NOTEBOOKS[1].name))
+    assert "Kaggle hands out keras/gemma/keras/gemma_2b_en/3" in text
+    assert "gemma_2b_en: 1,943,232 parameters" in text.replace("tiny_gemma_en", "")

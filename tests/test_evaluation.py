@@ -8,8 +8,8 @@ import pytest
 
 import gemma_lora as gl
 from gemma_lora.evaluation import Evaluation
+from gemma_lora.loss import trainer_of
 from gemma_lora.tiny.corpus import corpus
-from gemma_lora.training import trainer_of
 
 
 @pytest.fixture(scope="module")

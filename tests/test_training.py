@@ -10,7 +10,7 @@ from families import FAMILIES
 import gemma_lora as gl
 from gemma_lora.batches import Batches, encode
 from gemma_lora.lora import lora_layers
-from gemma_lora.training import trainer_of
+from gemma_lora.loss import trainer_of
 
 DOLLY = Path(__file__).parents[2] / "shared/data/dolly_open_qa_3000.jsonl"
 
