@@ -35,43 +35,43 @@ GEMMA2 = {**NORMS, "attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.
 GEMMA3 = {**NORMS, "image_size": None, "vision_encoder": None}
 
 # (model, its geometry if it is random, dtype, rank, targets, batch size or prompts, sequence length)
-TRAINING = [
-    ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 256),
-    ("Gemma 1", SMALL, "float32", 4, "query_value", 8, 256),
-    ("Gemma 1, many kv", SMALL | MANY_KV, "float32", 8, "all_linear", 8, 256),
-    ("Gemma 2", SMALL | GEMMA2, "float32", 4, "query_value", 8, 256),
-    ("Gemma 2", SMALL | GEMMA2, "bfloat16", 4, "all_linear", 4, 256),
-    ("Gemma 3", SMALL | GEMMA3, "float32", 4, "all_linear", 4, 256),
-    ("Gemma 3", SMALL | GEMMA3, "bfloat16", 4, "query_value", 8, 256),
-    ("Gemma 1", MIDDLE, "float32", 4, "query_value", 4, 128),
-]
+TRAINING = {
+    "quick": [
+        ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 256),
+        ("Gemma 2", SMALL | GEMMA2, "bfloat16", 4, "all_linear", 4, 256),
+        ("Gemma 3", SMALL | GEMMA3, "float32", 4, "all_linear", 4, 256),
+    ],
+    "full": [
+        ("tiny_gemma_en", None, "float32", 8, "all_linear", 16, 512),
+        ("tiny_gemma_en", None, "bfloat16", 4, "query_value", 32, 256),
+        ("Gemma 1", SMALL, "float32", 4, "query_value", 8, 256),
+        ("Gemma 1, many kv", SMALL | MANY_KV, "float32", 8, "all_linear", 8, 256),
+        ("Gemma 2", SMALL | GEMMA2, "float32", 4, "query_value", 8, 256),
+        ("Gemma 3", SMALL | GEMMA3, "bfloat16", 4, "query_value", 8, 256),
+        ("Gemma 1", MIDDLE, "float32", 4, "query_value", 4, 128),
+        ("Gemma 1", LARGE, "float32", 4, "query_value", 1, 256),
+        ("Gemma 1, many kv", LARGE | MANY_KV, "float32", 8, "all_linear", 2, 256),
+        ("Gemma 2", LARGE | GEMMA2, "float32", 4, "all_linear", 2, 256),
+        ("Gemma 3", LARGE | GEMMA3, "float32", 4, "query_value", 2, 256),
+        ("Gemma 3", LARGE | GEMMA3, "bfloat16", 4, "query_value", 2, 256),
+    ],
+}
 # The library that XLA has products computed by on a CPU takes room of its own, which no account shows: with a long
 # prompt, some arrays of the feed-forward layers. Where the weights weigh most, it is little.
-ANSWERING = [
-    ("Gemma 1", MIDDLE, "float32", 4, "query_value", 2, 192),
-    ("Gemma 2", MIDDLE | GEMMA2, "float32", 4, "all_linear", 2, 192),
-    ("Gemma 3", MIDDLE | GEMMA3, "bfloat16", 4, "query_value", 1, 192),
-]
-LARGER_TRAINING = [
-    ("tiny_gemma_en", None, "float32", 8, "all_linear", 16, 512),
-    ("tiny_gemma_en", None, "bfloat16", 4, "query_value", 32, 256),
-    ("Gemma 1", LARGE, "float32", 4, "query_value", 1, 256),
-    ("Gemma 1, many kv", LARGE | MANY_KV, "float32", 8, "all_linear", 2, 256),
-    ("Gemma 2", LARGE | GEMMA2, "float32", 4, "all_linear", 2, 256),
-    ("Gemma 3", LARGE | GEMMA3, "float32", 4, "query_value", 2, 256),
-    ("Gemma 3", LARGE | GEMMA3, "bfloat16", 4, "query_value", 2, 256),
-]
-LARGER_ANSWERING = [
-    ("Gemma 2", LARGE | GEMMA2, "float32", 4, "query_value", 2, 256),
-    ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 512),
-]
+ANSWERING = {
+    "quick": [("Gemma 1", MIDDLE, "float32", 4, "query_value", 2, 192)],
+    "full": [
+        ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 512),
+        ("Gemma 2", MIDDLE | GEMMA2, "float32", 4, "all_linear", 2, 192),
+        ("Gemma 2", LARGE | GEMMA2, "float32", 4, "query_value", 2, 256),
+        ("Gemma 3", MIDDLE | GEMMA3, "bfloat16", 4, "query_value", 1, 192),
+    ],
+}
 
 
 def main(which: str) -> None:
-    for answering, rows in ((False, TRAINING), (True, ANSWERING)):
-        if which == "full":
-            rows = LARGER_ANSWERING if answering else LARGER_TRAINING
-        for row in rows:
+    for answering in (False, True):
+        for row in (ANSWERING if answering else TRAINING)[which]:
             start = time.monotonic()
             values = measured(*row, answering=answering)
             print(json.dumps(values | {"seconds": round(time.monotonic() - start, 1)}), flush=True)
