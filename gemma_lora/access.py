@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,8 +54,7 @@ class Source:
         """Fetch one file, unless it is in the cache."""
         if self.site == "kaggle":
             return Path(kagglehub.model_download(self.handle, name))
-        if not (self.folder() / name).is_file():  # one quick request: a download's own retries go on for minutes
-            huggingface_hub.HfApi().model_info(self.handle, timeout=10)
+        huggingface_hub.HfApi().model_info(self.handle, timeout=10)  # a download's own retries go on for minutes
         return Path(huggingface_hub.hf_hub_download(self.handle, name))
 
     def folder(self) -> Path:
@@ -119,9 +119,9 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
             raise
         except Exception as error:
             problem = explain(_cause(error, source), source)
-            known = source.site == "kaggle" and problem.reason not in ("disk", "damaged") and source.is_complete()
-            if known:  # KerasHub asks for files that a preset need not have, each time
-                return load(str(source.folder()))
+            if problem.reason not in ("disk", "damaged") and source.is_complete():
+                with suppress(FileNotFoundError):  # another part: without a task.json the weights do not come last
+                    return load(str(source.folder()))
         if problem.reason not in ("server", "damaged") or attempt == 3:
             raise problem  # here, not above: the client's error would stay with it, and may hold a header
         time.sleep(attempt)
@@ -129,11 +129,15 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
 
 def _cause(error: Exception, source: Source) -> Exception:
     """The error that KerasHub hides where it says that there are no weights: fetch them to see."""
-    if source.site == "kaggle" and "model.weights" in str(error):
+    if source.site and "model.weights" in str(error):
         for name in ("model.weights.h5", "model.weights.json"):
             try:
                 with timeouts():
-                    source.file(name)
+                    if source.site == "kaggle":
+                        source.file(name)
+                    else:  # one request, without a download's retries
+                        url = huggingface_hub.hf_hub_url(source.handle, name)
+                        huggingface_hub.get_hf_file_metadata(url, timeout=10)
             except Exception as hidden:
                 if getattr(getattr(hidden, "response", None), "status_code", 404) != 404:
                     return hidden
@@ -148,7 +152,7 @@ def explain(error: BaseException, source: Source) -> AccessError:
     status = responses[0].status_code if responses else 0
     kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
     full = next((one for one in chain if getattr(one, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), None)
-    closed = next((one for one in chain if getattr(one, "errno", 0) in (errno.EACCES, errno.EPERM, errno.EROFS)), None)
+    closed = next((one for one in chain if getattr(one, "errno", 0) in _CLOSED), None)
     said = next((line for line in hide(str(error)).splitlines() if line.strip()), type(error).__name__)
 
     if status in (401, 403):
@@ -198,6 +202,7 @@ def explain(error: BaseException, source: Source) -> AccessError:
     raise error
 
 
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _BROKEN_OFF = {"ChunkedEncodingError", "IncompleteRead", "ContentDecodingError", "RemoteProtocolError"}
 _BROKEN_OFF |= {"DataCorruptionError"}
 

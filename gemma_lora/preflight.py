@@ -1,6 +1,7 @@
 """Everything that could stop a run, each with its fix, before anything large is downloaded."""
 
 import shutil
+import tempfile
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -24,7 +25,8 @@ from gemma_lora.tables import ShowsAsTable, Table
 _PACKAGES = ("keras", "keras-hub", "jax", "kagglehub", "datasets")
 _SECONDS = 12  # the network has that long in all
 _WORDS = {"consent": "not accepted", "network": "not reached", "unknown": "no such model", "busy": "too many requests"}
-_WORDS |= {"server": "a fault at the other end", "damaged": "the download broke off"}
+_WORDS |= {"server": "a fault at the other end", "damaged": "the download broke off", "disk": "could not be stored"}
+_WORDS |= {"credentials": "credentials not accepted"}
 _COLORS = {"✓": "#188038", "✗": "#d93025", "–": "#5f6368"}
 
 
@@ -40,7 +42,7 @@ class Check(ShowsAsTable):
         return not any(row["ok"] is False for row in self.rows)
 
     def __getitem__(self, check: str) -> dict:
-        return next(row for row in self.rows if row["check"] == check)
+        return {row["check"]: row for row in self.rows}[check]
 
     def table(self) -> Table:
         """A row for each check, with a mark."""
@@ -172,8 +174,11 @@ def _ask_site(source: Source, answers: dict) -> None:
         return
     here = f"found in: {place}" if place else "none found"
     try:
-        with timeouts(4, 8):
-            source.file("config.json")
+        with timeouts(4, 8), tempfile.TemporaryDirectory() as folder:
+            if source.site == "kaggle":  # what is in the cache says nothing of the credentials of today
+                kagglehub.model_download(source.handle, "config.json", output_dir=folder)
+            else:
+                source.file("config.json")
             user = whose() if source.site == "kaggle" and place else None
         answers["credentials"] = (True, here + (f", of {user}" if user else ""), "")
         answers["licence"] = (True, f"{source.host} hands out {source.handle}", "")
@@ -182,13 +187,17 @@ def _ask_site(source: Source, answers: dict) -> None:
             problem = explain(error, source)
         except Exception as other:
             problem = AccessError("unknown", f"{type(other).__name__}: {other}")
+        if source.site and source.is_complete():
+            answers["credentials"] = (None, here, "")
+            answers["licence"] = (True, f"all is on this machine; {source.host}: {_WORDS[problem.reason]}", "")
+            return
         if problem.reason == "credentials":
             fix = THREE_WAYS if place is None else str(problem)
             answers["credentials"], answers["licence"] = (False, here, fix), (None, "not asked: no credentials", "")
         else:
             known = problem.reason == "consent"
             answers["credentials"] = (True if known else None if place else False, here, "" if place else THREE_WAYS)
-            answers["licence"] = (False, _WORDS.get(problem.reason, problem.reason), str(problem))
+            answers["licence"] = (False, _WORDS[problem.reason], str(problem))
 
 
 def _ask_data(answers: dict) -> None:

@@ -35,6 +35,7 @@ ADA, EVE, NOBODY = "KGAT_ada_secret", "KGAT_eve_secret", "KGAT_nobody_secret"
 REPO, HF = "someone/tiny", "hf://someone/tiny"
 HF_ADA, HF_EVE = "hf_ada_secret", "hf_eve_secret"
 SECRETS = (ADA, EVE, NOBODY, HF_ADA, HF_EVE)
+PLACES = [CONFIG, WEIGHTS, pytest.param(VOCABULARY, marks=pytest.mark.full)]
 LOADS = "loads"
 TEMPLATE = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
 
@@ -181,7 +182,7 @@ FAULTS = {  # name: (fault, reason, words in the sentence)
 }
 
 
-@pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_in_a_model_or_a_sentence_and_the_next_call_works(kaggle, fault, place):
     how, reason, words = FAULTS[fault]
@@ -347,7 +348,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("damage", "marked"), [*((damage, True) for damage in DAMAGES), ("half of it", False)])
 def test_what_is_damaged_in_the_cache_is_fetched_again_by_itself(kaggle, tmp_path, damage, place, marked):
     fetch_all()
