@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gemma_lora.evaluation import Evaluation
+from gemma_lora.geometry import Parts
 from gemma_lora.lora import lora_layers
-from gemma_lora.memory import DEVICES, MemoryBudget, Parts
+from gemma_lora.memory import DEVICES, MemoryBudget
 
 _BASE, _TUNED, _CUT = "#9aa5b1", "#1a73e8", "#d93025"
 

@@ -39,7 +39,6 @@ TRAINING = {
     "quick": [
         ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 256),
         ("Gemma 2", SMALL | GEMMA2, "bfloat16", 4, "all_linear", 4, 256),
-        ("Gemma 3", SMALL | GEMMA3, "float32", 4, "all_linear", 4, 256),
     ],
     "full": [
         ("tiny_gemma_en", None, "float32", 8, "all_linear", 16, 512),
@@ -47,6 +46,7 @@ TRAINING = {
         ("Gemma 1", SMALL, "float32", 4, "query_value", 8, 256),
         ("Gemma 1, many kv", SMALL | MANY_KV, "float32", 8, "all_linear", 8, 256),
         ("Gemma 2", SMALL | GEMMA2, "float32", 4, "query_value", 8, 256),
+        ("Gemma 3", SMALL | GEMMA3, "float32", 4, "all_linear", 4, 256),
         ("Gemma 3", SMALL | GEMMA3, "bfloat16", 4, "query_value", 8, 256),
         ("Gemma 1", MIDDLE, "float32", 4, "query_value", 4, 128),
         ("Gemma 1", LARGE, "float32", 4, "query_value", 1, 256),

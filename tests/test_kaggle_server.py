@@ -157,7 +157,7 @@ def test_what_came_short_is_noticed_by_its_checksum_only(kaggle, checksums):
 @pytest.mark.parametrize("end", ["release", "stop"])
 def test_what_hangs_ends_with_a_release_or_the_server(kaggle, end):
     kaggle.failing = {"config.json": HANG}
-    answers = []
+    answers, before = [], set(threading.enumerate())
 
     def ask():
         try:
@@ -174,7 +174,7 @@ def test_what_hangs_ends_with_a_release_or_the_server(kaggle, end):
     client.join(5)
     assert isinstance(answers[0], str if end == "release" else requests.ConnectionError)
     kaggle.stop()
-    assert not any("process_request" in thread.name for thread in threading.enumerate())
+    assert not any("process_request" in thread.name for thread in set(threading.enumerate()) - before)
 
 
 def test_a_subprocess_is_served_too(prepared, tmp_path):

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import gemma_lora as gl
 from gemma_lora import memory
+from gemma_lora.geometry import GEOMETRIES, Need, Parts
 from gemma_lora.lora import ALL_LINEAR
-from gemma_lora.memory import DEVICES, GEOMETRIES, GIB, Need, Parts
+from gemma_lora.memory import DEVICES, GIB
 from gemma_lora.models import recommended
 
 HERE = Path(__file__).parent
@@ -153,9 +154,9 @@ def test_gemma_2b_is_compiled_without_a_weight_and_leaves_nothing():
 
 
 def test_a_budget_leaves_seed_and_names_as_they_were(tiny_factory):
-    gl.setup(seed=3)
+    gl.setup(seed=0)
     first = gl.enable_lora(tiny_factory()).seed
-    gl.setup(seed=3)
+    gl.setup(seed=0)
     gl.memory_budget("tiny_gemma_en", sequence_length=64)
     model = tiny_factory()
     assert gl.enable_lora(model).seed == first
@@ -172,7 +173,7 @@ def test_the_estimate_is_near_to_what_the_compiler_reserves(size):
 
 
 @LINUX
-@pytest.mark.parametrize(("which", "rows"), [("quick", 4), pytest.param("full", 16, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("which", "rows"), [("quick", 3), pytest.param("full", 17, marks=pytest.mark.full)])
 def test_compiled_peaks_are_within_a_tenth_of_measured_ones(which, rows):
     """In a process of its own, whose memory nothing else fills."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
