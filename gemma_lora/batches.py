@@ -15,6 +15,7 @@ from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces
 
+_COMPILING = 20_000  # tokens that are about as much work as compiling a shape: 3 s on 2 cores, small model
 SHAPE_STEP = 16  # lengths are padded to multiples of this many tokens
 
 
@@ -103,6 +104,7 @@ class Encoded:
 
     examples: list[Example]
     pad_id: int
+    numbers: list[int] = field(default_factory=list)  # of the records that the examples are of
     truncated: int = 0
     dropped: int = 0
     full_lengths: list[int] = field(default_factory=list)
@@ -137,7 +139,7 @@ def encode(
     tokenizer, template = tokenizer_of(model), get_template(template)
     end = tokenizer.id_of(template.end)
     encoded = Encoded([], tokenizer.pad_id)
-    for record in records:
+    for number, record in enumerate(records):
         prompt, response = tokenizer.prompt(template, record), tokenizer.encode(text_pieces(record["response"]))
         encoded.full_lengths.append(len(prompt) + len(response))
         room = sequence_length - len(prompt)  # the end token is only ever a target, so it needs no room
@@ -145,6 +147,7 @@ def encode(
             encoded.dropped += 1
             continue
         encoded.truncated += len(response) > room
+        encoded.numbers.append(number)
         encoded.examples.append(shift_for_next_token(prompt, [*response[:room], end], loss_on=loss_on))
     if not encoded.examples:
         raise ValueError(
@@ -177,41 +180,52 @@ class Batches(keras.utils.PyDataset):
     """Batches for Keras, of few shapes: rows of like length together, every row exactly once an epoch.
 
     Each batch is `({"token_ids", "padding_mask"}, targets, weights)`, int32, int32, int32 and float32 of shape
-    (batch_size, length), where length is one of `lengths`. A batch that the rows do not fill is filled up with
-    rows of weight 0, so that no further shape needs compiling.
+    (rows, length), where length is one of `lengths`. A batch that the rows do not fill is filled up with rows of
+    weight 0, so that no further shape needs compiling.
 
-    With a `seed`, rows and batches are shuffled anew each epoch; None keeps their order.
+    Args:
+        batch_size: Rows of every batch. None takes as many as `batch_tokens` has room for, one at least.
+        batch_tokens: Tokens of a batch, padding included.
+        seed: Rows and batches are shuffled anew each epoch, by seed and epoch alone; None keeps their order.
     """
 
-    def __init__(self, encoded: Encoded, *, batch_size: int, seed: int | None = None):
+    def __init__(
+        self, encoded: Encoded, *, batch_size: int | None = None, batch_tokens: int = 1024, seed: int | None = None
+    ):
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size counts rows, 1 or more. Received: {batch_size!r}")
-        self._encoded, self._batch_size = encoded, batch_size
-        self._rng = None if seed is None else np.random.default_rng(seed)
-        lengths = encoded.lengths
-        shapes = range(SHAPE_STEP, int(lengths.max()) + SHAPE_STEP, SHAPE_STEP)
-        # Two shapes: one that fits all rows, and the one beside it that leaves the least padding.
-        short = min(shapes, key=lambda length: np.where(lengths <= length, length, shapes[-1]).sum())
-        self.lengths = sorted({short, shapes[-1]})
-        self._bucket = np.searchsorted(self.lengths, lengths)
-        self.on_epoch_end()
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"batch_tokens counts tokens, 1 or more. Received: {batch_tokens!r}")
+        self._encoded, self._seed = encoded, seed
+        self.lengths, self.sizes = _shapes(encoded.lengths, batch_size, batch_tokens)
+        self._bucket = np.searchsorted(self.lengths, encoded.lengths)
+        self.start(0)
 
-    def on_epoch_end(self):
-        """Draw the next epoch's order."""
-        shuffled = (lambda n: np.arange(n)) if self._rng is None else self._rng.permutation
-        rows, size, order = shuffled(len(self._bucket)), self._batch_size, []
-        for bucket in range(len(self.lengths)):
-            members = rows[self._bucket[rows] == bucket]
-            order += [(bucket, members[i : i + size]) for i in range(0, len(members), size)]
+    def start(self, epoch: int, *, step: int = 0) -> None:
+        """Draw the order of an epoch, and begin at a step of it. (Keras's own hooks count no epochs.)"""
+        rng = None if self._seed is None else np.random.default_rng([self._seed, epoch])
+        shuffled = np.arange if rng is None else rng.permutation
+        rows, order = shuffled(len(self._bucket)), []
+        for bucket, length in enumerate(self.lengths):
+            members, size = rows[self._bucket[rows] == bucket], self.sizes[bucket]
+            order += [((size, length), members[i : i + size]) for i in range(0, len(members), size)]
         self._order = [order[i] for i in shuffled(len(order))]
+        self.epoch, self.first = epoch, step
+
+    def rows(self, step: int) -> list[int]:
+        """The numbers of a batch's records."""
+        return [self._encoded.numbers[row] for row in self._order[step][1]]
+
+    def tokens(self) -> np.ndarray:
+        """How many tokens count in each batch of the whole epoch: int array of shape (batches,)."""
+        return np.array([sum(sum(self._encoded.examples[row].weights) for row in rows) for _, rows in self._order])
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._order) - self.first
 
     def __getitem__(self, index: int):
-        bucket, rows = self._order[index]
-        shape = (self._batch_size, self.lengths[bucket])
+        shape, rows = self._order[self.first + index]
         token_ids, targets = (np.full(shape, self._encoded.pad_id, "int32") for _ in range(2))
         mask, weights = np.zeros(shape, "int32"), np.zeros(shape, "float32")
         for i, row in enumerate(rows):
@@ -220,3 +234,31 @@ class Batches(keras.utils.PyDataset):
             token_ids[i, :size], targets[i, :size], weights[i, :size] = example
             mask[i, :size] = 1
         return {"token_ids": token_ids, "padding_mask": mask}, targets, weights
+
+
+def _shapes(lengths: np.ndarray, batch_size: int | None, batch_tokens: int) -> tuple[list[int], list[int]]:
+    """Choose lengths to pad to, and the rows of a batch for each, so that an epoch has least to compute.
+
+    At most 4, and none that saves less than it costs to compile.
+    """
+    candidates = np.arange(SHAPE_STEP, int(lengths.max()) + SHAPE_STEP, SHAPE_STEP)
+    most = 1 << (len(lengths) - 1).bit_length()  # a batch need not have room for more rows than there are
+    sizes = [min(batch_size or max(1, batch_tokens // int(length)), most) for length in candidates]
+    fitting = np.searchsorted(np.sort(lengths), candidates, side="right")  # rows that a length has room for
+    # best[i]: (tokens of an epoch, lengths used) for all rows that candidate i - 1 has room for
+    best, found = [(0, ())] + [(np.inf, ())] * len(candidates), []
+    for _ in range(4):
+        best = [
+            min(
+                (
+                    (best[i][0] - (-(fitting[j - 1] - (fitting[i - 1] if i else 0)) // sizes[j - 1]) * sizes[j - 1]
+                     * int(candidates[j - 1]), (*best[i][1], j - 1))
+                    for i in range(j)
+                ),
+                default=(np.inf, ()),
+            )
+            for j in range(len(candidates) + 1)
+        ]  # fmt: skip
+        found.append(best[-1])
+    used = min(found, key=lambda one: one[0] + _COMPILING * len(one[1]))[1]
+    return [int(candidates[i]) for i in used], [sizes[i] for i in used]

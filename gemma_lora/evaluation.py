@@ -128,9 +128,9 @@ def perplexity(model, texts: Sequence[str]) -> float:
 
 def _measure(model, encoded: Encoded) -> tuple[float, float]:
     """Loss and accuracy per token that counts."""
-    batches = Batches(encoded, batch_size=state_of(model).settings.batch_size)
+    batches = Batches(encoded, batch_tokens=state_of(model).settings.batch_tokens)
     trainer = trainer_of(model)
-    shape = {"batch_size": state_of(model).settings.batch_size, "sequence_length": batches.lengths[-1]}
+    shape = {"batch_size": batches.sizes[-1], "sequence_length": batches.lengths[-1]}
     with explained_out_of_memory(model, answering=False, **shape), stop_after_step(trainer):
         logs = trainer.evaluate(batches, verbose=0, return_dict=True)
     if trainer.stop_evaluating:

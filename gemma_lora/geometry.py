@@ -12,7 +12,7 @@ import keras_hub
 
 from gemma_lora.access import Source
 from gemma_lora.lora import ALL_LINEAR, enable_lora
-from gemma_lora.loss import TokenTrainer, optimizer_for
+from gemma_lora.loss import CHUNK, TokenTrainer, optimizer_for
 from gemma_lora.models import TINY, local_folder, recommended
 
 
@@ -131,7 +131,7 @@ class Need:
             optimizer=8 * self.trainable,  # AdamW's two moments
             merged=merged,
             activations=int(layers * tokens * a_token * active),
-            logits=3 * 4 * tokens * g["vocabulary_size"],  # themselves, their softmax, their gradient; in float32
+            logits=3 * 4 * min(tokens, CHUNK) * g["vocabulary_size"],  # with softmax and gradient; in float32
         )
         cache = 2 * layers * self.prompts * self.sequence_length * g["num_key_value_heads"] * g["head_dim"] * active
         at_once = self.prompts * self.sequence_length * (2 * inner + 2 * heads * self.sequence_length) * active

@@ -147,13 +147,14 @@ def memory_budget(
     else:
         name = str(preset)
         geometry, vision = geometry_of(name)
+    length = settings.sequence_length if sequence_length is None else sequence_length
     need = Need(
         name,
         geometry,
         rank,
         resolve_targets(targets, ALL_LINEAR),
-        settings.sequence_length if sequence_length is None else sequence_length,
-        settings.batch_size if batch_size is None else batch_size,
+        length,
+        max(1, settings.batch_tokens // length) if batch_size is None else batch_size,
         dtype or settings.dtype,
         prompts,
     )

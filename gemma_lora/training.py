@@ -1,5 +1,7 @@
 """Train the adapters: one epoch or many, validation, and a record of what was run."""
 
+import collections
+import hashlib
 import signal
 import textwrap
 import threading
@@ -7,13 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
 from keras import ops
 
 from gemma_lora import runtime
-from gemma_lora.batches import Batches, encode
+from gemma_lora.batches import Batches, Encoded, encode
+from gemma_lora.checkpoints import Checkpoints
 from gemma_lora.lora import adapter_weights
 from gemma_lora.loss import optimizer_for, trainer_of
 from gemma_lora.memory import explained_out_of_memory
@@ -22,33 +26,65 @@ from gemma_lora.templates import get_template
 
 
 class LossCurve(keras.callbacks.Callback):
-    """Collect the training loss of each twentieth of an epoch, per token that counts.
+    """Collect the training loss of each twentieth of an epoch, per token that counts; stop where it is not a number.
 
     Keras logs the mean since the epoch began; the difference of two such sums is the loss in between.
     """
 
-    async_safe = True  # or Keras would wait for the loss of every step
-
     def __init__(self, batches: Batches):
         super().__init__()
-        self.points, self._batches = [], batches
+        self.points, self._means, self._batches = [], {}, batches
+        self._step, self._recent = 0, collections.deque()
 
     def on_epoch_begin(self, epoch, logs=None):
-        steps = range(len(self._batches))
-        self._means, self._tokens = {}, np.cumsum([float(self._batches[step][2].sum()) for step in steps])
+        if self._batches.epoch != epoch:
+            self._batches.start(epoch)
+            self._means = {}
+        self._step = self._batches.first
+        self._recent.clear()
+        self._tokens = np.cumsum(self._batches.tokens())
 
-    def on_train_batch_end(self, step, logs=None):
-        if (step + 1) * 20 // len(self._batches) > step * 20 // len(self._batches):
+    def after_step(self, logs: dict) -> None:
+        """Take the loss of a step, without waiting for it."""
+        step, steps, self._step = self._step, len(self._tokens), self._step + 1
+        if (step + 1) * 20 // steps > step * 20 // steps:
             self._means[step] = logs["loss"]  # still on the device
+        self._recent.append((step, logs["loss"]))
+        if len(self._recent) >= 16:
+            self._look(8)  # those have been computed by now, so nobody waits
 
     def on_epoch_end(self, epoch, logs=None):
+        self._look(len(self._recent))
+        self.points += self._measured(epoch)
+
+    def state(self, epoch: int, step: int) -> list:
+        """What `restore` takes to go on at a step of an epoch, in JSON's types."""
+        done = [point for point in self.points if point[0] <= epoch]
+        return [done, {at: float(mean) for at, mean in self._means.items() if at < step}]
+
+    def restore(self, state: list) -> None:
+        """Go on from a `state` of another process."""
+        self.points, means = [tuple(point) for point in state[0]], state[1]
+        self._means = {int(step): mean for step, mean in means.items()}
+
+    def _measured(self, epoch: int) -> Iterator[tuple[float, float]]:
         old_total = old_tokens = 0.0
         for step, mean in sorted(self._means.items()):
-            tokens = self._tokens[step]
+            tokens = float(self._tokens[step])
             total = float(mean) * tokens
             loss = (total - old_total) / max(tokens - old_tokens, 1.0)
-            self.points.append((epoch + (step + 1) / len(self._batches), float(loss)))
+            yield epoch + (step + 1) / len(self._tokens), loss
             old_total, old_tokens = total, tokens
+
+    def _look(self, count: int) -> None:
+        for step, mean in [self._recent.popleft() for _ in range(count)]:
+            if not np.isfinite(float(mean)):
+                rows = ", ".join(map(str, self._batches.rows(step)[:8]))
+                raise FloatingPointError(
+                    f"The loss is {float(mean)} since step {step + 1} of epoch {self._batches.epoch + 1}, "
+                    f"on the records {rows}. The adapters are as they were before this call. Try a lower "
+                    "learning_rate; if that does not help, dtype='float32', and look at these records."
+                )
 
 
 def fit(
@@ -64,6 +100,8 @@ def fit(
     weight_decay: float | None = None,
     loss_on: str = "response",
     seed: int | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: int = 100,
     callbacks=(),
     verbose="auto",
 ) -> keras.callbacks.History:
@@ -81,15 +119,17 @@ def fit(
         validation: Records to measure the loss on after each epoch.
         template: Name of a template or a `Template`; prompts are rendered by it in training and, later, in `generate`.
         epochs: How often every record is learned from.
-        batch_size: Records a step.
+        batch_size: Records a step. None takes records of like length, of about as many tokens together as recommended.
         sequence_length: Most tokens of prompt and response together; longer responses are cut, and counted.
         learning_rate, weight_decay: Of AdamW; biases and norm scales are not decayed, as in the recipe.
         loss_on: "response", or "all" to learn the prompt too.
         seed: Order of the records. None means the seed of `gl.setup`.
+        checkpoint_dir: A folder for checkpoints. The same call again goes on from the newest, to the same adapter.
+        checkpoint_every: Steps from one checkpoint to the next.
         callbacks, verbose: As in Keras `fit`; the callbacks' `model` is the trainer, which has the model's own layers.
     """
     state = state_of(model)
-    given = {"template": template, "batch_size": batch_size, "sequence_length": sequence_length}
+    given = {"template": template, "sequence_length": sequence_length}
     given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
     settings = replace(recommended(model), **{name: value for name, value in given.items() if value is not None})
     seed = runtime.default_seed if seed is None else seed
@@ -101,12 +141,14 @@ def fit(
 
     options = {"template": settings.template, "sequence_length": settings.sequence_length, "loss_on": loss_on}
     encoded = encode(model, train, **options)
-    batches = Batches(encoded, batch_size=settings.batch_size, seed=seed)
+    size = {"batch_size": batch_size, "batch_tokens": settings.batch_tokens}
+    batches = Batches(encoded, **size, seed=seed)
     held_out = encode(model, validation, **options) if validation is not None and len(validation) else None
     run = {
         "rows": len(encoded.examples),
         "tokens": int(encoded.lengths.sum()),
         "epochs": epochs,
+        **({"batch_size": batch_size} if batch_size else {"batch_tokens": settings.batch_tokens}),
         **{name: getattr(settings, name) for name in given},
         "template": get_template(settings.template).name,
         "loss_on": loss_on,
@@ -124,18 +166,39 @@ def fit(
 
     trainer = trainer_of(model)
     trainer.compile(optimizer=optimizer_for(settings))
-    curve = LossCurve(batches)
+    curve, epoch, step, history, saved = LossCurve(batches), 0, 0, keras.callbacks.History(), None
+    if checkpoint_dir is not None:
+        same = {**run, **fingerprint(model, encoded)}
+        same.pop("epochs")  # more of them go on from fewer
+        saved = Checkpoints(checkpoint_dir, trainer, batches, run=same, curve=curve, every=checkpoint_every)
+        saved.resume()
+        epoch, step, history.history = saved.epoch, saved.step, saved.history
+    history.epoch = [*range(epoch)]
     start = time.monotonic()
-    shape = {"batch_size": settings.batch_size, "sequence_length": batches.lengths[-1]}
+
+    def after_step(logs, arrays):
+        curve.after_step(logs)
+        if saved:
+            saved.after_step(arrays)
+
+    trainer.after_step = after_step
+    options = {
+        "validation_data": None if held_out is None else Batches(held_out, **size),
+        "callbacks": [curve, *([saved] if saved else []), *callbacks],
+        "shuffle": False,  # Batches shuffles, by the seed; Keras would draw from Python's global generator
+        "verbose": verbose,
+    }
+    shape = {"batch_size": batches.sizes[-1], "sequence_length": batches.lengths[-1]}
     with explained_out_of_memory(model, answering=False, **shape), restored_if_lost(trainer), stop_after_step(trainer):
-        history = trainer.fit(
-            batches,
-            validation_data=None if held_out is None else Batches(held_out, batch_size=settings.batch_size),
-            epochs=epochs,
-            callbacks=[curve, *callbacks],
-            shuffle=False,  # Batches shuffles, by the seed; Keras would draw from Python's global generator
-            verbose=verbose,
-        )
+        trainer.stop_training = False
+        while epoch < epochs and not trainer.stop_training:
+            batches.start(epoch, step=step)
+            last = epoch + 1 if step else epochs  # an epoch of which a part was done before has a length of its own
+            done = trainer.fit(batches, initial_epoch=epoch, epochs=last, **options)
+            history.epoch += done.epoch
+            for name, values in done.history.items():
+                history.history[name] = history.history.get(name, [])[: len(history.epoch) - len(values)] + values
+            epoch, step = last, 0
     history.curve = curve.points
     state.run = run | {
         "template": get_template(settings.template),
@@ -146,6 +209,15 @@ def fit(
         "history": {name: [float(value) for value in values] for name, values in history.history.items()},
     }
     return history
+
+
+def fingerprint(model, encoded: Encoded) -> dict[str, str]:
+    """Short sums that tell base models, adapters and rows apart."""
+    last = next(weight for weight in reversed(model.backbone.non_trainable_weights) if weight.dtype != "uint32")
+    shapes = [(weight.path, *weight.shape) for weight in adapter_weights(model)]
+    contents = {"base": np.asarray(last).tobytes(), "adapters": repr(shapes).encode()}
+    contents["content of the rows"] = repr(encoded.examples).encode()
+    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}
 
 
 def check_only_adapters_train(model) -> None:
@@ -170,8 +242,8 @@ def restored_if_lost(trainer: keras.Model) -> Iterator[None]:
     own = [(variable, ops.copy(variable.value)) for variable in trainer.trainable_variables]
     try:
         yield
-    except BaseException:
-        if any(_is_lost(variable) for variable, _ in [*frozen, *own]):
+    except BaseException as error:
+        if isinstance(error, FloatingPointError) or any(_is_lost(variable) for variable, _ in [*frozen, *own]):
             for variable, value in [*frozen, *own]:
                 variable.assign(value)
         raise

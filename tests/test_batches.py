@@ -1,7 +1,20 @@
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gemma_lora.batches import Batches, encode, load_tokenizer, shift_for_next_token, show_tokens, tokenizer_of
+from gemma_lora.batches import (
+    Batches,
+    Encoded,
+    Example,
+    encode,
+    load_tokenizer,
+    shift_for_next_token,
+    show_tokens,
+    tokenizer_of,
+)
 
 RECORDS = [
     {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},
@@ -62,12 +75,13 @@ def test_wrong_options_are_refused(tiny, wrong):
         encode(tiny, RECORDS, **wrong)
 
 
-def test_every_row_is_in_an_epoch_exactly_once_in_at_most_two_shapes(tiny):
+def test_every_row_is_in_an_epoch_exactly_once_in_at_most_four_shapes(tiny):
     records = [{"instruction": "a " * n, "context": "", "response": f"{n}"} for n in range(1, 60)]
     encoded = encode(tiny, records)
     batches = Batches(encoded, batch_size=4, seed=0)
     orders = []
-    for _ in range(2):
+    for epoch in range(2):
+        batches.start(epoch)
         rows = [
             tuple(ids[: mask.sum()])
             for features, _, weights in (batches[i] for i in range(len(batches)))
@@ -76,9 +90,58 @@ def test_every_row_is_in_an_epoch_exactly_once_in_at_most_two_shapes(tiny):
         ]
         assert sorted(rows) == sorted(tuple(example.inputs) for example in encoded.examples)
         orders.append(rows)
-        batches.on_epoch_end()
     assert orders[0] != orders[1]
-    assert len({batches[i][1].shape for i in range(len(batches))}) <= 2
+    assert len({batches[i][1].shape for i in range(len(batches))}) <= 4
+
+
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=300), st.one_of(st.none(), st.integers(1, 20)),
+    st.integers(1, 2000), st.integers(0, 5),
+)  # fmt: skip
+def test_whatever_the_lengths_each_row_comes_once_and_batches_are_about_equal(lengths, batch_size, tokens, epoch):
+    examples = [Example([number] * length, [0] * length, [1] * length) for number, length in enumerate(lengths)]
+    batches = Batches(Encoded(examples, pad_id=-1), batch_size=batch_size, batch_tokens=tokens, seed=0)
+    batches.start(epoch)
+    shapes, seen = set(), []
+    for features, targets, weights in (batches[i] for i in range(len(batches))):
+        ids, mask = features["token_ids"], features["padding_mask"]
+        assert ids.shape == mask.shape == targets.shape == weights.shape
+        assert (weights == mask).all() and (mask == (ids != -1)).all()
+        shapes.add(ids.shape)
+        for row in ids[mask.any(axis=1)]:
+            seen.append(row[0])
+            assert (row != -1).sum() == lengths[row[0]]
+    assert sorted(seen) == [*range(len(lengths))]
+    assert len(shapes) <= 4
+    for rows, length in shapes:
+        assert rows <= (batch_size or max(1, tokens // length))
+    assert batches.tokens().sum() == sum(lengths)
+
+
+def test_shapes_are_those_that_waste_least():
+    """Against every choice of up to four lengths."""
+    lengths = np.random.default_rng(0).lognormal(4, 0.8, 3000).astype(int).clip(3, 120)
+    candidates = [*range(16, 129, 16)]
+    costs = {}
+    for count in range(1, 5):
+        for chosen in itertools.combinations(candidates, count):
+            if chosen[-1] >= lengths.max() > chosen[-1] - 16:
+                at = np.searchsorted(chosen, lengths)
+                batches = [-(-(at == i).sum() // (1024 // length)) for i, length in enumerate(chosen)]
+                tokens = sum(n * (1024 // length) * length for n, length in zip(batches, chosen, strict=True))
+                costs[chosen] = tokens + 20_000 * count
+    batches = Batches(Encoded([Example([0] * n, [0] * n, [1] * n) for n in lengths], 0), batch_tokens=1024)
+    assert costs[tuple(batches.lengths)] == min(costs.values())
+
+
+def test_an_epoch_can_begin_at_a_step(tiny):
+    whole, rest = (Batches(encode(tiny, RECORDS * 20), batch_size=4, seed=0) for _ in range(2))
+    whole.start(3)
+    rest.start(3, step=5)
+    assert len(rest) == len(whole) - 5
+    for i in range(len(rest)):
+        assert np.array_equal(rest[i][1], whole[i + 5][1])
+        assert rest.rows(i + 5) == whole.rows(i + 5)
 
 
 def test_the_same_seed_gives_the_same_order(tiny):

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from unittest.mock import patch
 
+import IPython
 import kagglehub
 import nbformat
 import pexpect
@@ -573,7 +574,10 @@ def test_an_interrupt_at_the_prompt_is_one(terminal):
     assert "KeyboardInterrupt" in said and "went on" not in said
 
 
-@pytest.mark.parametrize("stdin", ["empty", "none", "closed"])
+OLD_IPYTHON = pytest.mark.skipif(IPython.version_info < (8,), reason="this IPython cannot be imported so itself")
+
+
+@pytest.mark.parametrize("stdin", ["empty", "none", pytest.param("closed", marks=OLD_IPYTHON)])
 def test_with_nobody_to_ask_the_three_ways_are_told(program, stdin):
     if stdin == "closed":
         program = f"import sys; sys.stdin.close()\n{program}"

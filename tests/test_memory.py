@@ -55,7 +55,7 @@ def test_a_handle_is_known_as_its_name_is():
     assert gl.memory_budget(handle, compile=False).parameters == 2_614_341_888
 
 
-@pytest.mark.parametrize("preset", sorted(EMBEDDERS))
+@pytest.mark.parametrize("preset", sorted(EMBEDDERS & PRESETS.keys()))
 def test_what_is_no_decoder_is_a_value_error(preset):
     with pytest.raises(ValueError, match="not known without downloading"):
         gl.memory_budget(preset, compile=False)
@@ -88,9 +88,9 @@ def test_adapters_are_counted_as_enable_lora_makes_them(random_model, family, ta
 
 @pytest.mark.parametrize("preset", ["tiny_gemma_en", "gemma_2b_en", "gemma_instruct_2b_en", "gemma3_1b"])
 def test_what_is_left_open_is_what_load_and_fit_use(preset):
-    need = gl.memory_budget(preset, compile=False).need
-    for name in ("dtype", "batch_size", "sequence_length"):
-        assert getattr(need, name) == getattr(recommended(preset), name)
+    need, settings = gl.memory_budget(preset, compile=False).need, recommended(preset)
+    assert (need.dtype, need.sequence_length) == (settings.dtype, settings.sequence_length)
+    assert need.batch_size == max(1, settings.batch_tokens // settings.sequence_length)
 
 
 def test_a_model_a_folder_and_a_name_have_the_same_budget(tiny, tmp_path):
@@ -173,7 +173,7 @@ def test_the_estimate_is_near_to_what_the_compiler_reserves(size):
 
 
 @LINUX
-@pytest.mark.parametrize(("which", "rows"), [("quick", 3), pytest.param("full", 17, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("which", "rows"), [("quick", 2), pytest.param("full", 18, marks=pytest.mark.full)])
 def test_compiled_peaks_are_within_a_tenth_of_measured_ones(which, rows):
     """In a process of its own, whose memory nothing else fills."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
@@ -190,7 +190,7 @@ def test_compiled_peaks_are_within_a_tenth_of_measured_ones(which, rows):
 # Devices
 
 
-def test_the_recipe_fits_a_t4_and_a_longer_one_only_just():
+def test_the_recipe_fits_a_t4_also_at_twice_the_length():
     fits = {}
     for length in (256, 512, 1024):
         row = next(
@@ -200,7 +200,7 @@ def test_the_recipe_fits_a_t4_and_a_longer_one_only_just():
         )
         fits[length] = row["fits"]
         assert bool(row["nearest that fits"]) == (row["fits"] == "no")
-    assert fits == {256: "yes", 512: "just", 1024: "no"}
+    assert fits == {256: "yes", 512: "yes", 1024: "no"}
 
 
 def test_where_it_does_not_fit_a_larger_device_or_less_is_named():

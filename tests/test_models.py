@@ -26,7 +26,7 @@ def test_dtype_is_what_was_asked_for():
 
 def test_settings_follow_the_name():
     recipe, tiny = gl.recommended("gemma_2b_en"), gl.recommended("tiny_gemma_en")
-    assert (recipe.learning_rate, recipe.weight_decay, recipe.batch_size) == (5e-5, 0.01, 1)
+    assert (recipe.learning_rate, recipe.weight_decay, recipe.batch_tokens) == (5e-5, 0.01, 256)
     assert (recipe.sequence_length, recipe.template) == (256, "recipe")
     assert not recipe.exact_answers
     assert tiny.exact_answers

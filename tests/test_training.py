@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(tiny_fac
 def test_what_was_run_is_attached_and_shown(tiny_lora, world, capsys):
     gl.fit(tiny_lora, world[0], validation=world[1], verbose=2)
     out = capsys.readouterr().out
-    assert out.startswith("One epoch is 17 steps. rows=64,")
+    assert out.startswith("One epoch is 32 steps. rows=64,")
     assert "learning_rate=0.005" in out
     assert max(map(len, out.splitlines()[:2])) <= 100
     run = tiny_lora.gemma_lora.run
@@ -124,7 +124,7 @@ def test_keras_callbacks_work(tiny_lora, world):
     seen = []
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: seen.append(logs["loss"]))
     gl.fit(tiny_lora, world[0], callbacks=[callback], verbose=0)
-    assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_size=4))
+    assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_tokens=224))
 
 
 def test_ctrl_c_leaves_a_usable_model_and_a_history(tiny_lora, world):
@@ -155,8 +155,8 @@ def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
     assert epochs[19] == 1
     assert epochs[39] == 2
     batches, trainer = Batches(encode(model, train), batch_size=2, seed=0), trainer_of(model)
-    for points in (history.curve[:20], history.curve[20:]):
-        batches.on_epoch_end()  # as Keras does before each epoch
+    for epoch, points in enumerate((history.curve[:20], history.curve[20:])):
+        batches.start(epoch)
         order = [batches[i] for i in range(len(batches))]
         steps = [0, *(round(epoch % 1 * len(order)) or len(order) for epoch, _ in points)]
         for start, stop, (_, loss) in zip(steps, steps[1:], points, strict=False):

@@ -1,0 +1,90 @@
+"""The chunked loss against the plain one, values and gradients, and a step against its rows one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gemma_lora as gl
+from gemma_lora.batches import Batches, encode
+from gemma_lora.loss import CHUNK, chunked_cross_entropy, trainer_of
+
+
+def plain(project, hidden, targets, weights):
+    logits = project(hidden)
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+    return jnp.sum(weights * losses), jnp.sum(weights * (jnp.argmax(logits, axis=1) == targets))
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 3 * CHUNK), st.integers(2, 50), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(0, 999)
+)
+def test_it_is_the_plain_loss_with_its_gradient(tokens, vocabulary, share, capped, seed):
+    rng = np.random.default_rng(seed)
+    table = jnp.asarray(rng.normal(size=(8, vocabulary)), "float32")
+    hidden = jnp.asarray(3 * rng.normal(size=(tokens, 8)), "float32")
+    targets = jnp.asarray(rng.integers(0, vocabulary, tokens), "int32")
+    weights = jnp.asarray((rng.random(tokens) < share) * rng.random(tokens), "float32")
+
+    def project(rows):
+        return 5 * jnp.tanh(rows @ table / 5) if capped else rows @ table
+
+    for gradient in (True, False):
+        found = chunked_cross_entropy(project, hidden, targets, weights, gradient=gradient)
+        np.testing.assert_allclose(found, plain(project, hidden, targets, weights), rtol=1e-5, atol=1e-5)
+    slopes = [
+        jax.grad(lambda hidden, loss=loss: loss(hidden)[0])(hidden)
+        for loss in (
+            lambda hidden: chunked_cross_entropy(project, hidden, targets, weights, gradient=True),
+            lambda hidden: plain(project, hidden, targets, weights),
+        )
+    ]
+    np.testing.assert_allclose(*slopes, rtol=1e-4, atol=1e-5)
+
+
+def gradients(model, batches) -> tuple[list, float]:
+    """Sums of the gradients of all batches, each times its tokens, and the tokens."""
+    trainer = trainer_of(model)
+    frozen, metrics = ([v.value for v in vs] for vs in (trainer.non_trainable_variables, trainer.metrics_variables))
+    own = [v.value for v in trainer.trainable_variables]
+    slope = jax.jit(jax.grad(trainer.compute_loss_and_updates, has_aux=True), static_argnames="training")
+    sums, tokens = [0.0] * len(own), 0.0
+    for x, y, weights in (batches[i] for i in range(len(batches))):
+        found, _ = slope(own, frozen, metrics, x, y, weights, training=True, optimizer_variables=[])
+        sums = [total + weights.sum() * np.asarray(one, "float64") for total, one in zip(sums, found, strict=True)]
+        tokens += weights.sum()
+    return sums, tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_have_the_gradient_of_their_rows_one_by_one(random_model, family):
+    model = random_model(family)
+    gl.enable_lora(model, rank=2, targets="all_linear")
+    for name, layer in gl.lora.lora_layers(model).items():  # B is zero at first, and then A has no gradient
+        layer.lora_kernel_b.assign(0.1 * np.random.default_rng(len(name)).normal(size=layer.lora_kernel_b.shape))
+    encoded = encode(model, gl.load_tiny_world()[0].select(range(12)))
+    together, tokens = gradients(model, Batches(encoded, batch_tokens=300, seed=0))
+    alone, same = gradients(model, Batches(encoded, batch_size=1))
+    assert tokens == same
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
+
+
+def test_the_logits_of_a_whole_batch_are_never_there(tiny_lora):
+    """The compiler reserves less for a long batch than its logits alone would take."""
+    need = gl.memory_budget(tiny_lora, batch_size=64, sequence_length=256, compile=False).need
+    vocabulary = tiny_lora.backbone.vocabulary_size
+    text = jax.jit(
+        lambda h, t, w: chunked_cross_entropy(lambda r: r @ jnp.ones((4, vocabulary)), h, t, w, gradient=True)
+    )
+    tokens = need.batch_size * need.sequence_length
+    shapes = [
+        jax.ShapeDtypeStruct(*one) for one in (((tokens, 4), "float32"), ((tokens,), "int32"), ((tokens,), "float32"))
+    ]
+    reserved = text.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert reserved < 4 * tokens * vocabulary / 10
