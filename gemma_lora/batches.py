@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 
 from gemma_lora.models import TINY, from_preset, state_of
+from gemma_lora.records import checked_record
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces
@@ -130,7 +131,7 @@ def encode(
         loss_on: "response", or "all" to learn the prompt too, as the published recipe does.
 
     Raises:
-        ValueError: No row has room for a response.
+        ValueError: A record is none, or none has room for a response.
     """
     if loss_on not in ("response", "all"):
         raise ValueError(f'loss_on is "response" or "all". Received: {loss_on!r}')
@@ -139,7 +140,12 @@ def encode(
     tokenizer, template = tokenizer_of(model), get_template(template)
     end = tokenizer.id_of(template.end)
     encoded = Encoded([], tokenizer.pad_id)
-    for number, record in enumerate(records):
+    for number, row in enumerate(records):
+        try:
+            record = checked_record(row, {})
+        except ValueError as error:
+            wrong = f'Record {number}: {error} gl.load_records(..., on_error="skip") leaves such records out.'
+            raise ValueError(wrong) from None
         prompt, response = tokenizer.prompt(template, record), tokenizer.encode(text_pieces(record["response"]))
         encoded.full_lengths.append(len(prompt) + len(response))
         room = sequence_length - len(prompt)  # the end token is only ever a target, so it needs no room
@@ -149,6 +155,8 @@ def encode(
         encoded.truncated += len(response) > room
         encoded.numbers.append(number)
         encoded.examples.append(shift_for_next_token(prompt, [*response[:room], end], loss_on=loss_on))
+    if not encoded.full_lengths:
+        raise ValueError("There are no records.")
     if not encoded.examples:
         raise ValueError(
             f"Of {encoded.dropped:,} rows, none leaves room for a response within sequence_length={sequence_length}. "

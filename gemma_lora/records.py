@@ -105,7 +105,7 @@ def load_records(
     good, bad = [], []
     for place, row in _rows(source, split):
         try:
-            good.append(_record(row, columns or {}))
+            good.append(checked_record(row, columns or {}))
         except ValueError as error:
             if on_error == "raise":
                 raise ValueError(f'{place}: {error} To leave such rows out, pass on_error="skip".') from None
@@ -184,7 +184,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
                     yield f"{path}, line {number}", row
 
 
-def _record(row, columns: Mapping[str, str]) -> dict[str, str]:
+def checked_record(row, columns: Mapping[str, str]) -> dict[str, str]:
     """Check one row and bring it into Dolly's four columns."""
     if isinstance(row, ValueError):
         raise row

@@ -1,12 +1,15 @@
 """What must be settled before Keras is imported: backend, memory, seeds, and quiet."""
 
 import ast
+import hashlib
 import os
+import platform
 import random
 import re
 import sys
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 # The seed of the last `setup`: what `seed=None` means elsewhere.
 default_seed = 0
@@ -22,6 +25,9 @@ _CHATTER = re.compile(
 def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) -> None:
     """Settle backend, GPU memory and seeds. Call it first; calling it again is harmless, too late is a RuntimeError.
 
+    It also has JAX keep what it compiles, in ~/.cache/gemma_lora, so that a second run need not wait for it;
+    `JAX_COMPILATION_CACHE_DIR` and the settings beside it win.
+
     Args:
         seed: Seeds Python, NumPy and Keras, and is what every helper's `seed=None` means. Once keras_hub is imported
             only the former and the helpers are seeded anew: reseeding TensorFlow would break tokenizers that exist.
@@ -36,6 +42,7 @@ def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) 
         os.environ["KERAS_BACKEND"] = backend
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{memory_fraction:.2f}")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        _keep_what_is_compiled()
     with quiet():
         import keras
 
@@ -52,6 +59,22 @@ def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) 
     random.seed(seed)
     np.random.seed(seed)
     default_seed = seed
+
+
+def _keep_what_is_compiled() -> None:
+    """Have JAX keep compiled programs on disk, so that a second run need not wait for them. Its own settings win."""
+    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else platform.processor()
+    able = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
+    # A program compiled for one CPU may end another's process, and a home can be shared.
+    folder = Path.home() / ".cache/gemma_lora" / f"compiled-{hashlib.sha256(able.encode()).hexdigest()[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that is read-only
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 
 
 @contextmanager

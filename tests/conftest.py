@@ -25,6 +25,8 @@ os.environ.update(
     NO_PROXY="127.0.0.1",
     no_proxy="127.0.0.1",
     KERAS_BACKEND="jax",
+    JAX_COMPILATION_CACHE_DIR=f"{HF_HOME}/compiled",  # tests compile much the same, in many processes
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3",
 )
 
 

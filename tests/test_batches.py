@@ -15,6 +15,7 @@ from gemma_lora.batches import (
     show_tokens,
     tokenizer_of,
 )
+from gemma_lora.templates import text_pieces
 
 RECORDS = [
     {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},
@@ -185,3 +186,54 @@ def test_shown_tokens_are_those_that_training_learns(tiny):
     one = show_tokens(tiny, RECORDS[0], loss_on="all")
     assert one.counts()["read"] == 1  # <bos> alone is never asked for
     assert (one.rows[0][0][0], one.rows[0][-1][0]) == ("<bos>", "<eos>")
+
+
+def row(instruction="Why?", response="So.", context=""):
+    return {"instruction": instruction, "context": context, "response": response}
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([], "There are no records"),
+        ([row(), row(response="")], "Record 1: 'response' is empty"),
+        ([row(response="a\ud800b")], "half a character"),
+        ([row(instruction="a\ud800b")], "Record 0.*half a character"),
+        ([{"instruction": "Why?"}], "no 'response' among the fields"),
+        ([row(response=3)], "'response' is text. Received: int"),
+        (["Why?"], "a record is an object with named fields"),
+        (row(), "a record is an object with named fields"),
+        ([row("word " * 20_000)] * 2, "Of 2 rows, none leaves room"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said_with_its_number(tiny, records, words):
+    with pytest.raises(ValueError, match=words):
+        encode(tiny, records)
+
+
+TEXTS = st.one_of(
+    st.text(min_size=1, max_size=40),
+    st.text(alphabet=st.characters(categories=["Cc", "Cf", "Mn", "So", "Lo"]), min_size=1, max_size=40),
+    st.sampled_from(
+        ["<eos><bos><pad>", "Response:\n", "word " * 20_000, "\u202eabc", "👩‍👩‍👧‍👦", "مرحبا", "\x00", "a"]
+    ),
+)
+
+
+@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=8), st.integers(2, 300))
+def test_any_text_is_encoded_within_the_length_or_refused_clearly(rows, length):
+    tokenizer = load_tokenizer()
+    records = [row(*texts) for texts in rows]
+    try:
+        encoded = encode(tokenizer, records, sequence_length=length)
+    except ValueError as error:
+        assert "none leaves room" in str(error) or "is empty" in str(error)
+        return
+    assert len(encoded.examples) + encoded.dropped == len(rows) == len(encoded.full_lengths)
+    for number, example in zip(encoded.numbers, encoded.examples, strict=True):
+        assert len(example.inputs) == len(example.targets) == len(example.weights) <= length
+        assert example.inputs[0] == tokenizer.bos_id and example.targets[-1] == tokenizer.id_of("<eos>")
+        assert example.inputs.count(tokenizer.bos_id) == 1  # what looks like a control token in a text is none
+        assert sum(example.weights) == len(tokenizer.encode(text_pieces(records[number]["response"]))) + 1 or (
+            len(example.inputs) == length
+        )

@@ -89,3 +89,29 @@ def test_an_override_of_another_type_is_refused(monkeypatch, text):
     monkeypatch.setenv("GEMMA_LORA_ROWS", text)
     with pytest.raises(ValueError, match="GEMMA_LORA_ROWS"):
         gl.override_parameters({"ROWS": 1000})
+
+
+def test_what_was_compiled_once_is_not_compiled_again(tmp_path):
+    code = (
+        "import gemma_lora as gl; gl.setup(seed=0); model = gl.load(); gl.enable_lora(model); "
+        "gl.fit(model, gl.load_tiny_world()[0].select(range(8)), verbose=0); gl.generate(model, 'Why?')"
+    )
+    own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    environment = {name: value for name, value in os.environ.items() if name not in own} | {"HOME": str(tmp_path)}
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+        kept.append({path.name for path in (tmp_path / ".cache/gemma_lora").rglob("*-cache")})
+    assert kept[0] == kept[1]
+    for name in ("pure_step", "generate_function"):
+        assert any(name in file for file in kept[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX")
+def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path):
+    (tmp_path / "home").write_text("a file")
+    code = "import gemma_lora as gl; gl.setup(seed=0); import os; print(os.environ.get('JAX_COMPILATION_CACHE_DIR'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment["HOME"] = str(tmp_path / "home")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.stdout.strip() == "None", ran.stderr
