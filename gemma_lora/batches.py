@@ -16,7 +16,7 @@ from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces
 
-_COMPILING = 20_000  # tokens that are about as much work as compiling a shape: 3 s on 2 cores, small model
+_WIDE = 2048  # tokens of a row whose attention costs a small model about as much as all its layers' products do
 SHAPE_STEP = 16  # lengths are padded to multiples of this many tokens
 
 
@@ -185,16 +185,16 @@ def show_tokens(model, records, *, template="recipe", sequence_length=256, loss_
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches for Keras, of few shapes: rows of like length together, every row exactly once an epoch.
+    """Batches for Keras, all of one shape, every record exactly once an epoch: short records share a row.
 
-    Each batch is `({"token_ids", "padding_mask"}, targets, weights)`, int32, int32, int32 and float32 of shape
-    (rows, length), where length is one of `lengths`. A batch that the rows do not fill is filled up with rows of
-    weight 0, so that no further shape needs compiling.
+    Each batch is `({"token_ids", "padding_mask"}, targets, weights)`, int32, int32, int32 and float32 of shape `shape`.
+    `padding_mask` numbers the records of a row, from 1, and is 0 at padding: `TokenTrainer` lets a token attend to its
+    own record alone, so that a record's loss and gradient are what they would be if it had the row for itself.
 
     Args:
-        batch_size: Rows of every batch. None takes as many as `batch_tokens` has room for, one at least.
-        batch_tokens: Tokens of a batch, padding included.
-        seed: Rows and batches are shuffled anew each epoch, by seed and epoch alone; None keeps their order.
+        batch_size: Rows of every batch, one record a row. None packs records into rows.
+        batch_tokens: Tokens of a batch, padding included; but at least the longest record.
+        seed: Records and batches are shuffled anew each epoch, by seed and epoch alone; None keeps their order.
     """
 
     def __init__(
@@ -205,68 +205,68 @@ class Batches(keras.utils.PyDataset):
             raise ValueError(f"batch_size counts rows, 1 or more. Received: {batch_size!r}")
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens counts tokens, 1 or more. Received: {batch_tokens!r}")
-        self._encoded, self._seed = encoded, seed
-        self.lengths, self.sizes = _shapes(encoded.lengths, batch_size, batch_tokens)
-        self._bucket = np.searchsorted(self.lengths, encoded.lengths)
+        self._encoded, self._seed, lengths = encoded, seed, encoded.lengths
+        longest = -(-int(lengths.max()) // SHAPE_STEP) * SHAPE_STEP
+        if batch_size:
+            self._rows, self.shape = [[i] for i in range(len(lengths))], (batch_size, longest)
+        else:
+            found = []
+            for width in [longest * n for n in (1, 2, 3, 4) if n == 1 or longest * n <= batch_tokens]:
+                rows = _pack(lengths.tolist(), width)
+                size = min(max(1, batch_tokens // width), len(rows))
+                tokens = -(-len(rows) // size) * size * width
+                found.append((tokens * (1 + width / _WIDE), width, size, rows))
+            _, width, size, self._rows = min(found)
+            self.shape = size, width
         self.start(0)
 
     def start(self, epoch: int, *, step: int = 0) -> None:
         """Draw the order of an epoch, and begin at a step of it. (Keras's own hooks count no epochs.)"""
-        rng = None if self._seed is None else np.random.default_rng([self._seed, epoch])
-        shuffled = np.arange if rng is None else rng.permutation
-        rows, order = shuffled(len(self._bucket)), []
-        for bucket, length in enumerate(self.lengths):
-            members, size = rows[self._bucket[rows] == bucket], self.sizes[bucket]
-            order += [((size, length), members[i : i + size]) for i in range(0, len(members), size)]
-        self._order = [order[i] for i in shuffled(len(order))]
+        rows, lengths = self._rows, self._encoded.lengths
+        if self._seed is not None:
+            rng = np.random.default_rng([self._seed, epoch])
+            shuffled, swapped = rng.permutation(len(lengths)), np.empty(len(lengths), int)
+            # Records of the same length swap places: other records share a row, and each row is as full as it was.
+            swapped[np.argsort(lengths, kind="stable")] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+            rows = [swapped[rows[i]].tolist() for i in rng.permutation(len(rows))]
+        self._order = [rows[i : i + self.shape[0]] for i in range(0, len(rows), self.shape[0])]
         self.epoch, self.first = epoch, step
 
     def rows(self, step: int) -> list[int]:
         """The numbers of a batch's records."""
-        return [self._encoded.numbers[row] for row in self._order[step][1]]
+        return [self._encoded.numbers[i] for row in self._order[step] for i in row]
 
-    def tokens(self) -> np.ndarray:
-        """How many tokens count in each batch of the whole epoch: int array of shape (batches,)."""
-        return np.array([sum(sum(self._encoded.examples[row].weights) for row in rows) for _, rows in self._order])
+    def tokens(self, *, learned: bool = True) -> np.ndarray:
+        """Tokens in each batch of the whole epoch, those that count in the loss or all: int array (batches,)."""
+        sizes = np.array([sum(e.weights) if learned else len(e.inputs) for e in self._encoded.examples])
+        return np.array([sum(sizes[row].sum() for row in rows) for rows in self._order])
 
     def __len__(self) -> int:
         return len(self._order) - self.first
 
     def __getitem__(self, index: int):
-        shape, rows = self._order[self.first + index]
-        token_ids, targets = (np.full(shape, self._encoded.pad_id, "int32") for _ in range(2))
-        mask, weights = np.zeros(shape, "int32"), np.zeros(shape, "float32")
-        for i, row in enumerate(rows):
-            example = self._encoded.examples[row]
-            size = len(example.inputs)
-            token_ids[i, :size], targets[i, :size], weights[i, :size] = example
-            mask[i, :size] = 1
-        return {"token_ids": token_ids, "padding_mask": mask}, targets, weights
+        token_ids, targets = (np.full(self.shape, self._encoded.pad_id, "int32") for _ in range(2))
+        numbers, weights = np.zeros(self.shape, "int32"), np.zeros(self.shape, "float32")
+        for row, records in enumerate(self._order[self.first + index]):
+            start = 0
+            for number, i in enumerate(records, 1):
+                example = self._encoded.examples[i]
+                part = slice(start, start := start + len(example.inputs))
+                token_ids[row, part], targets[row, part], weights[row, part] = example
+                numbers[row, part] = number
+        return {"token_ids": token_ids, "padding_mask": numbers}, targets, weights
 
 
-def _shapes(lengths: np.ndarray, batch_size: int | None, batch_tokens: int) -> tuple[list[int], list[int]]:
-    """Choose lengths to pad to, and the rows of a batch for each, so that an epoch has least to compute.
-
-    At most 4, and none that saves less than it costs to compile.
-    """
-    candidates = np.arange(SHAPE_STEP, int(lengths.max()) + SHAPE_STEP, SHAPE_STEP)
-    most = 1 << (len(lengths) - 1).bit_length()  # a batch need not have room for more rows than there are
-    sizes = [min(batch_size or max(1, batch_tokens // int(length)), most) for length in candidates]
-    fitting = np.searchsorted(np.sort(lengths), candidates, side="right")  # rows that a length has room for
-    # best[i]: (tokens of an epoch, lengths used) for all rows that candidate i - 1 has room for
-    best, found = [(0, ())] + [(np.inf, ())] * len(candidates), []
-    for _ in range(4):
-        best = [
-            min(
-                (
-                    (best[i][0] - (-(fitting[j - 1] - (fitting[i - 1] if i else 0)) // sizes[j - 1]) * sizes[j - 1]
-                     * int(candidates[j - 1]), (*best[i][1], j - 1))
-                    for i in range(j)
-                ),
-                default=(np.inf, ()),
-            )
-            for j in range(len(candidates) + 1)
-        ]  # fmt: skip
-        found.append(best[-1])
-    used = min(found, key=lambda one: one[0] + _COMPILING * len(one[1]))[1]
-    return [int(candidates[i]) for i in used], [sizes[i] for i in used]
+def _pack(lengths: list[int], width: int) -> list[list[int]]:
+    """Put records into rows of `width` tokens: the longest first, each where it leaves least room (best fit)."""
+    rows, with_room = [], [[] for _ in range(width + 1)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = next((room for room in range(lengths[i], width + 1) if with_room[room]), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, width
+        else:
+            row = with_room[room].pop()
+        rows[row].append(i)
+        with_room[room - lengths[i]].append(row)
+    return rows

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 from gemma_lora.batches import Batches, Encoded, encode, shift_for_next_token, tokenizer_of
 from gemma_lora.lora import adapters_off, lora_layers
-from gemma_lora.loss import trainer_of
+from gemma_lora.loss import stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of
 from gemma_lora.sampling import generate, template_of
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import text_pieces
-from gemma_lora.training import stop_after_step
 
 
 @dataclass(frozen=True, repr=False)
@@ -130,7 +129,7 @@ def _measure(model, encoded: Encoded) -> tuple[float, float]:
     """Loss and accuracy per token that counts."""
     batches = Batches(encoded, batch_tokens=state_of(model).settings.batch_tokens)
     trainer = trainer_of(model)
-    shape = {"batch_size": batches.sizes[-1], "sequence_length": batches.lengths[-1]}
+    shape = dict(zip(("batch_size", "sequence_length"), batches.shape, strict=True))
     with explained_out_of_memory(model, answering=False, **shape), stop_after_step(trainer):
         logs = trainer.evaluate(batches, verbose=0, return_dict=True)
     if trainer.stop_evaluating:

@@ -33,14 +33,19 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
 
 def plot_history(history) -> Figure:
     """Show what `fit` returned: training loss per real token along the way, and held-out loss after each epoch."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     epochs = np.arange(1.0, len(history.history["loss"]) + 1)
     curve = getattr(history, "curve", None) or [*zip(epochs, history.history["loss"], strict=True)]
     epochs[-1] = curve[-1][0]  # a run that was stopped ended within an epoch
-    axes.plot(*zip(*curve, strict=True), marker=".", label="training, along the way", color=_BASE)
-    if "val_loss" in history.history:
-        axes.plot(epochs, history.history["val_loss"], "o", label="held out, after the epoch", color=_TUNED)
-    axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, None), ylim=(0, None))
+    return plot_losses(curve, [*zip(epochs, history.history.get("val_loss", []), strict=False)])
+
+
+def plot_losses(training: Sequence, held_out: Sequence = (), *, epochs: float | None = None) -> Figure:
+    """Show losses in nats a token, pairs of (epochs done, loss), on an axis of as many epochs."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    axes.plot(*zip(*(training or [(np.nan, np.nan)]), strict=True), marker=".", label="training", color=_BASE)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", label="held out, after the epoch", color=_TUNED)
+    axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, epochs and 1.02 * epochs), ylim=(0, None))
     axes.legend(frameon=False)
     return _finished(figure, axes, "Loss per real token")
 
@@ -117,7 +122,7 @@ def plot_memory(budget: MemoryBudget) -> Figure:
     left = np.zeros(len(bars))
     for part, color in _PARTS.items():
         sizes = np.array([getattr(parts, part) / 2**30 for parts in bars.values()])
-        axes.barh([*bars], sizes, 0.7, left=left, label="W + A B" if part == "merged" else part, color=color)
+        axes.barh([*bars], sizes, 0.7, left=left, label=part, color=color)
         left += sizes
     for y, total in enumerate(left):
         text = axes.annotate(f"{total:.3g} GiB", (total, y), xytext=(4, 0), textcoords="offset points", va="center")
@@ -137,11 +142,11 @@ def plot_memory(budget: MemoryBudget) -> Figure:
 
 def _answering(parts: Parts, generation: int) -> Parts:
     """Answering needs the weights and adapters; the rest of its peak are activations."""
-    kept = replace(parts, gradients=0, optimizer=0, merged=0, activations=0, logits=0)
+    kept = replace(parts, gradients=0, optimizer=0, activations=0, logits=0)
     return replace(kept, activations=generation - kept.total)
 
 
-_PARTS = dict(weights=_BASE, adapters="#1a73e8", gradients="#0b3d91", optimizer="#7b1fa2", merged="#f9ab00")
+_PARTS = dict(weights=_BASE, adapters="#1a73e8", gradients="#0b3d91", optimizer="#7b1fa2")
 _PARTS |= dict(activations="#34a853", logits="#e8710a")
 
 

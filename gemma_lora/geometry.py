@@ -11,7 +11,7 @@ import keras
 import keras_hub
 
 from gemma_lora.access import Source
-from gemma_lora.lora import ALL_LINEAR, enable_lora
+from gemma_lora.lora import ALL_LINEAR, enable_lora, factored
 from gemma_lora.loss import CHUNK, TokenTrainer, optimizer_for
 from gemma_lora.models import TINY, local_folder, recommended
 
@@ -59,7 +59,6 @@ class Parts:
     adapters: int
     gradients: int
     optimizer: int
-    merged: int  # W + A B of each layer with an adapter, which Keras computes whole and the backward pass needs again
     activations: int
     logits: int
 
@@ -122,20 +121,18 @@ class Need:
         layers, tokens = g["num_layers"], self.batch_size * self.sequence_length
         heads, queries = g["num_query_heads"], g["num_query_heads"] * g["head_dim"]
         inner = self.kernels["ffw_linear"][0]
-        merged = layers * sum(math.prod(self.kernels[name]) for name in self.targets) * active
         a_token = 4 * g["hidden_dim"] + 4.4 * inner + 3.7 * queries + 2.3 * heads * self.sequence_length
         parts = Parts(
             weights=self.parameters * weight,
             adapters=4 * self.trainable,
             gradients=4 * self.trainable,
             optimizer=8 * self.trainable,  # AdamW's two moments
-            merged=merged,
             activations=int(layers * tokens * a_token * active),
             logits=3 * 4 * min(tokens, CHUNK) * g["vocabulary_size"],  # with softmax and gradient; in float32
         )
         cache = 2 * layers * self.prompts * self.sequence_length * g["num_key_value_heads"] * g["head_dim"] * active
         at_once = self.prompts * self.sequence_length * (2 * inner + 2 * heads * self.sequence_length) * active
-        return parts, parts.weights + parts.adapters + merged + 2 * cache + at_once
+        return parts, parts.weights + parts.adapters + 2 * cache + at_once
 
     def compiled(self) -> tuple[Parts, int]:
         """Have the compiler say what it would reserve on this backend; no weight exists at any time."""
@@ -167,7 +164,7 @@ class Need:
                 zip(trainer.non_trainable_variables, frozen, strict=True),
                 zip(trainer.trainable_variables, adapters, strict=True),
             )
-            with keras.StatelessScope(state_mapping=variables):
+            with keras.StatelessScope(state_mapping=variables), factored(model):
                 return model.generate_step(inputs, stop_token_ids=(1,))
 
         prompts = {"token_ids": array(self.prompts, "int32"), "padding_mask": array(self.prompts, "bool")}

@@ -1,6 +1,10 @@
 """The loss of a training step, per real token: what is compiled, and what a memory budget is taken of."""
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 
 import jax
@@ -8,7 +12,9 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
+from gemma_lora.lora import factored
 from gemma_lora.models import Settings, state_of
+from gemma_lora.runtime import return_memory
 
 CHUNK = 256  # tokens whose logits are held at once: with Gemma's vocabulary of 256,000, 262 MB in float32
 
@@ -33,8 +39,10 @@ def chunked_cross_entropy(project: Callable, hidden, targets, weights, *, gradie
     def measure(rows, targets, weights):
         logits = project(rows).astype("float32")
         truth = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        highest = jnp.max(logits, axis=1)  # an argmax would take XLA's CPU longer than all the rest here
         losses = weights * (jax.nn.logsumexp(logits, axis=1) - truth)
-        return jnp.sum(losses), jnp.sum(weights * (jnp.argmax(logits, axis=1) == targets))
+        hits = (truth == highest) / jnp.sum(logits == highest[:, None], axis=1)  # a tie is shared
+        return jnp.sum(losses), jnp.sum(weights * hits)
 
     def chunk(sums, part):
         def count(part):
@@ -73,7 +81,11 @@ class TokenTrainer(keras.Model):
 
     def __init__(self, model):
         super().__init__(inputs=model.backbone.input, outputs=model.backbone.output)
-        self._embedding = model.backbone.token_embedding
+        self._embedding, self._contexts = (
+            model.backbone.token_embedding,
+            lambda: (factored(model), records_apart(model)),
+        )
+        self._steps = 0
         self.after_step: Callable | None = None  # Keras's hooks run in other threads, or wait for the loss of each step
         self._token_metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
 
@@ -81,6 +93,12 @@ class TokenTrainer(keras.Model):
     def metrics(self) -> list[keras.Metric]:
         """Loss and accuracy over all the tokens of an epoch that count."""
         return self._token_metrics
+
+    def call(self, inputs, training=None, mask=None):
+        """The backbone's hidden states, shape (rows, length, width); `padding_mask` numbers the records of a row."""
+        by_factors, apart = self._contexts()
+        with by_factors, apart:
+            return super().call(inputs, training=training, mask=mask)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Cross-entropy in nats for each token that counts; `y_pred` are the backbone's hidden states."""
@@ -103,15 +121,27 @@ class TokenTrainer(keras.Model):
         changed = {i: new for i, (old, new) in enumerate(zip(frozen, left, strict=True)) if new is not old}
         return logs, (adapters, optimizer, metrics), changed
 
+    def _wait_for(self, arrays: list) -> None:
+        """On a CPU wait for the step before: this one can have its scratch memory then, and no second is needed.
+
+        The C library may have put something small there; what is left of it goes back to the system now and then.
+        """
+        if jax.default_backend() == "cpu":
+            jax.block_until_ready(arrays)
+            self._steps += 1
+            if self._steps < 4 or self._steps % 100 == 0:
+                return_memory()
+
     def make_train_function(self, force: bool = False):
         """Compile `pure_step`, in the form that Keras calls."""
         if self.train_function is None or force:
-            compiled = jax.jit(self.pure_step, donate_argnums=1)
+            compiled, self._steps = jax.jit(self.pure_step, donate_argnums=1), 0
 
             def train_function(state, iterator):
                 adapters, frozen, optimizer, metrics = state
-                own = adapters, optimizer, metrics
-                logs, (adapters, optimizer, metrics), changed = compiled(frozen, own, next(iterator))
+                own, batch = (adapters, optimizer, metrics), next(iterator)
+                self._wait_for(metrics)
+                logs, (adapters, optimizer, metrics), changed = compiled(frozen, own, batch)
                 frozen = [changed.get(i, value) for i, value in enumerate(frozen)]
                 if self.after_step:
                     self.after_step(logs, [*adapters, *optimizer, *metrics])
@@ -127,11 +157,13 @@ class TokenTrainer(keras.Model):
                 logs, (_, _, metrics) = self.test_step(state, data)
                 return logs, metrics
 
-            compiled = jax.jit(measure)
+            compiled, self._steps = jax.jit(measure), 0
 
             def test_function(state, iterator):
                 try:
-                    logs, metrics = compiled(state, next(iterator))
+                    batch = next(iterator)
+                    self._wait_for(state[-1])
+                    logs, metrics = compiled(state, batch)
                 except BaseException:
                     variables = self.trainable_variables, self.non_trainable_variables, self.metrics_variables
                     for variable, value in zip(chain(*variables), chain(*state), strict=True):
@@ -140,6 +172,27 @@ class TokenTrainer(keras.Model):
                 return logs, (state[0], state[1], metrics)
 
             self.test_function = test_function
+
+
+@contextmanager
+def records_apart(model) -> Iterator[None]:
+    """Within this context a token attends to those of its own record, before it: `padding_mask` numbers the records.
+
+    Positions count from the start of a row; Gemma's attention depends on their differences alone.
+    """
+
+    def own_record(block, x, numbers, *rest):
+        causal = type(block)._compute_attention_mask(block, x, None, *rest)
+        return ops.cast(ops.logical_and(causal, numbers[:, :, None] == numbers[:, None, :]), "int32")
+
+    blocks = model.backbone.transformer_layers
+    for block in blocks:
+        block._compute_attention_mask = partial(own_record, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block._compute_attention_mask
 
 
 def trainer_of(model) -> TokenTrainer:
@@ -156,3 +209,21 @@ def optimizer_for(settings: Settings) -> keras.optimizers.Optimizer:
     optimizer = keras.optimizers.AdamW(settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
     return optimizer
+
+
+@contextmanager
+def stop_after_step(trainer: TokenTrainer) -> Iterator[None]:
+    """Let Ctrl-C end a run between steps: within a step, JAX holds the only copy of the weights."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum, frame):
+        trainer.stop_training = trainer.stop_evaluating = True
+        print("\nStopping after this step. The model stays usable.")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

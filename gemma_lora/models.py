@@ -9,7 +9,7 @@ import keras
 import keras_hub
 
 from gemma_lora.access import fetch
-from gemma_lora.runtime import quiet
+from gemma_lora.runtime import quiet, return_memory
 
 TINY = "tiny_gemma_en"
 TINY_FOLDER = Path(__file__).parent / "tiny" / TINY
@@ -93,6 +93,7 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     settings = recommended(name)
     model = from_preset(keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype))
     model.gemma_lora = State(preset=name, settings=settings)
+    return_memory()  # loading needs some weights twice for a while
     return model
 
 

@@ -2,9 +2,7 @@
 
 import collections
 import hashlib
-import signal
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +17,10 @@ from gemma_lora import runtime
 from gemma_lora.batches import Batches, Encoded, encode
 from gemma_lora.checkpoints import Checkpoints
 from gemma_lora.lora import adapter_weights
-from gemma_lora.loss import optimizer_for, trainer_of
+from gemma_lora.loss import optimizer_for, stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import recommended, state_of
+from gemma_lora.progress import Progress
 from gemma_lora.templates import get_template
 
 
@@ -35,12 +34,14 @@ class LossCurve(keras.callbacks.Callback):
         super().__init__()
         self.points, self._means, self._batches = [], {}, batches
         self._step, self._recent = 0, collections.deque()
+        self.latest: float | None = None  # the epoch's mean, some steps ago
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._batches.epoch != epoch:
             self._batches.start(epoch)
+        if not self._batches.first:
             self._means = {}
-        self._step = self._batches.first
+        self._step, self._epoch, self.latest = self._batches.first, epoch, None
         self._recent.clear()
         self._tokens = np.cumsum(self._batches.tokens())
 
@@ -55,7 +56,11 @@ class LossCurve(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self._look(len(self._recent))
-        self.points += self._measured(epoch)
+        self.points = self.so_far()
+
+    def so_far(self) -> list[tuple[float, float]]:
+        """The points, those of the epoch at hand included."""
+        return [*(point for point in self.points if point[0] <= self._epoch), *self._measured(self._epoch)]
 
     def state(self, epoch: int, step: int) -> list:
         """What `restore` takes to go on at a step of an epoch, in JSON's types."""
@@ -78,10 +83,11 @@ class LossCurve(keras.callbacks.Callback):
 
     def _look(self, count: int) -> None:
         for step, mean in [self._recent.popleft() for _ in range(count)]:
-            if not np.isfinite(float(mean)):
+            self.latest = float(mean)
+            if not np.isfinite(self.latest):
                 rows = ", ".join(map(str, self._batches.rows(step)[:8]))
                 raise FloatingPointError(
-                    f"The loss is {float(mean)} since step {step + 1} of epoch {self._batches.epoch + 1}, "
+                    f"The loss is {self.latest} since step {step + 1} of epoch {self._batches.epoch + 1}, "
                     f"on the records {rows}. The adapters are as they were before this call. Try a lower "
                     "learning_rate; if that does not help, dtype='float32', and look at these records."
                 )
@@ -94,6 +100,7 @@ def fit(
     validation=None,
     template=None,
     epochs: int = 1,
+    batch_tokens: int | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
     learning_rate: float | None = None,
@@ -103,7 +110,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
     callbacks=(),
-    verbose="auto",
+    verbose: int | str = "auto",
 ) -> keras.callbacks.History:
     """Train a model's adapters on records, and nothing else of it: a base that would train too is a ValueError.
 
@@ -119,17 +126,22 @@ def fit(
         validation: Records to measure the loss on after each epoch.
         template: Name of a template or a `Template`; prompts are rendered by it in training and, later, in `generate`.
         epochs: How often every record is learned from.
-        batch_size: Records a step. None takes records of like length, of about as many tokens together as recommended.
+        batch_tokens: Tokens a step, padding included: records of like length, as many as have room.
+        batch_size: Records a step, whatever their length. None leaves it to `batch_tokens`.
         sequence_length: Most tokens of prompt and response together; longer responses are cut, and counted.
         learning_rate, weight_decay: Of AdamW; biases and norm scales are not decayed, as in the recipe.
         loss_on: "response", or "all" to learn the prompt too.
         seed: Order of the records. None means the seed of `gl.setup`.
         checkpoint_dir: A folder for checkpoints. The same call again goes on from the newest, to the same adapter.
         checkpoint_every: Steps from one checkpoint to the next.
-        callbacks, verbose: As in Keras `fit`; the callbacks' `model` is the trainer, which has the model's own layers.
+        callbacks: As in Keras `fit`; their `model` is the trainer, which has the model's own layers.
+        verbose: "auto" shows real tokens a second, loss and time left as it suits a notebook, a terminal or a log; 2 a
+            line after each epoch; 0 nothing.
     """
     state = state_of(model)
-    given = {"template": template, "sequence_length": sequence_length}
+    if batch_size and batch_tokens:
+        raise ValueError(f"Choose one of batch_size and batch_tokens. Received: {batch_size!r} and {batch_tokens!r}")
+    given = {"template": template, "sequence_length": sequence_length, "batch_tokens": batch_tokens}
     given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
     settings = replace(recommended(model), **{name: value for name, value in given.items() if value is not None})
     seed = runtime.default_seed if seed is None else seed
@@ -148,8 +160,8 @@ def fit(
         "rows": len(encoded.examples),
         "tokens": int(encoded.lengths.sum()),
         "epochs": epochs,
-        **({"batch_size": batch_size} if batch_size else {"batch_tokens": settings.batch_tokens}),
-        **{name: getattr(settings, name) for name in given},
+        **({"batch_size": batch_size} if batch_size else {}),
+        **{name: getattr(settings, name) for name in given if not (batch_size and name == "batch_tokens")},
         "template": get_template(settings.template).name,
         "loss_on": loss_on,
         "seed": seed,
@@ -174,21 +186,22 @@ def fit(
         saved.resume()
         epoch, step, history.history = saved.epoch, saved.step, saved.history
     history.epoch = [*range(epoch)]
-    start = time.monotonic()
+    start, progress = time.monotonic(), Progress(batches, curve, epochs=epochs, verbose=verbose)
 
     def after_step(logs, arrays):
         curve.after_step(logs)
+        progress.after_step()
         if saved:
             saved.after_step(arrays)
 
     trainer.after_step = after_step
     options = {
         "validation_data": None if held_out is None else Batches(held_out, **size),
-        "callbacks": [curve, *([saved] if saved else []), *callbacks],
+        "callbacks": [curve, *([saved] if saved else []), progress, *callbacks],
         "shuffle": False,  # Batches shuffles, by the seed; Keras would draw from Python's global generator
-        "verbose": verbose,
+        "verbose": 0,
     }
-    shape = {"batch_size": batches.sizes[-1], "sequence_length": batches.lengths[-1]}
+    shape = dict(zip(("batch_size", "sequence_length"), batches.shape, strict=True))
     with explained_out_of_memory(model, answering=False, **shape), restored_if_lost(trainer), stop_after_step(trainer):
         trainer.stop_training = False
         while epoch < epochs and not trainer.stop_training:
@@ -255,21 +268,3 @@ def _is_lost(variable: keras.Variable) -> bool:
         return False
     except Exception:
         return True
-
-
-@contextmanager
-def stop_after_step(trainer: keras.Model) -> Iterator[None]:
-    """Let Ctrl-C end a run between steps: within a step, JAX holds the only copy of the weights."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum, frame):
-        trainer.stop_training = trainer.stop_evaluating = True
-        print("\nStopping after this step. The model stays usable.")
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -27,14 +27,20 @@ README_PICTURE = ROOT / "notebooks/images/before_after.png"
 class TerminalClient(NotebookClient):
     """Executes a notebook and shows its text as it comes, progress bars included."""
 
+    moving = False  # whether the line at hand is a progress bar's
+
     def process_message(self, msg, cell, cell_index):
-        content = msg.get("content", {})
-        if msg["msg_type"] == "stream":
+        content, kind = msg.get("content", {}), msg["msg_type"]
+        shown = kind in ("execute_result", "display_data", "update_display_data") and "image/png" not in content["data"]
+        if self.moving and (kind == "stream" or (shown and not content.get("transient"))):
+            self.moving = print(flush=True)
+        if kind == "stream":
             print(content["text"], end="", flush=True)
-        elif msg["msg_type"] in ("execute_result", "display_data"):
-            text = content["data"].get("text/plain", "")
-            if "image/png" not in content["data"]:
-                print(text, flush=True)
+        elif shown and content.get("transient"):
+            self.moving = True
+            print(f"\r\x1b[K{content['data']['text/plain'].splitlines()[-1]}", end="", flush=True)
+        elif shown:
+            print(content["data"].get("text/plain", ""), flush=True)
         return super().process_message(msg, cell, cell_index)
 
 
@@ -73,9 +79,9 @@ def page(notebook: nbformat.NotebookNode, name: str) -> Path:
 
 
 def picture(notebook: nbformat.NotebookNode) -> bytes:
-    """The first picture that a notebook shows."""
+    """The last picture that a notebook shows."""
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    return base64.b64decode(next(data["image/png"] for data in outputs if "image/png" in data))
+    return base64.b64decode([data["image/png"] for data in outputs if "image/png" in data][-1])
 
 
 def demo() -> int:

@@ -5,7 +5,7 @@ import pytest
 from families import FAMILIES, randomize
 
 import gemma_lora as gl
-from gemma_lora.lora import adapter_weights, lora_layers
+from gemma_lora.lora import adapter_weights, adapters_off, factored, lora_layers
 from gemma_lora.training import check_only_adapters_train
 
 IDS = {"token_ids": np.arange(2, 18).reshape(2, 8), "padding_mask": np.ones((2, 8), "int32")}
@@ -193,3 +193,22 @@ def random_lora(random_model):
 
 def randomize_adapters(model, seed=0):
     randomize(adapter_weights(model), seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", ["query_value", "all_linear"])
+def test_by_factors_the_outputs_are_those_of_the_merged_layers(random_model, family, targets):
+    model = random_model(family)
+    gl.enable_lora(model, rank=3, alpha=5, targets=targets)
+    for i, layer in enumerate(lora_layers(model).values()):
+        layer.lora_kernel_b.assign(np.random.default_rng(i).normal(size=layer.lora_kernel_b.shape))
+    ids = np.random.default_rng(0).integers(4, 200, (2, 11))
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    merged = np.asarray(model(inputs))
+    with factored(model):
+        by_factors = np.asarray(model(inputs))
+    assert np.array_equal(np.asarray(model(inputs)), merged)  # all is as it was
+    assert np.abs(by_factors - merged).max() < 1e-4 * np.abs(merged).max()
+    with adapters_off(model), factored(model):
+        off = np.asarray(model(inputs))
+    assert np.abs(off - merged).max() > 100 * np.abs(by_factors - merged).max()

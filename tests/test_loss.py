@@ -88,3 +88,21 @@ def test_the_logits_of_a_whole_batch_are_never_there(tiny_lora):
     ]
     reserved = text.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     assert reserved < 4 * tokens * vocabulary / 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_record_sees_another_of_its_row(random_model, family):
+    """Another record before it, or none: the hidden states of a record are the same."""
+    model = random_model(family)
+    rng = np.random.default_rng(0)
+    one, other, third = (rng.integers(4, 200, (1, n)) for n in (9, 20, 20))
+    trainer, hidden = trainer_of(model), []
+    for before in (other, third):
+        ids = np.concatenate([before, one, one], axis=1)
+        numbers = np.array([[1] * 20 + [2] * 9 + [3] * 9])
+        hidden.append(np.asarray(trainer({"token_ids": ids, "padding_mask": numbers}))[0])
+    alone = np.asarray(model.backbone({"token_ids": one, "padding_mask": np.ones_like(one)}))[0]
+    for part in (hidden[0][20:29], hidden[1][20:29], hidden[0][29:]):
+        np.testing.assert_allclose(part, alone, atol=1e-5)
+    whole = model.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})  # and the model is as it was
+    assert np.abs(np.asarray(whole)[0, 20:29] - alone).max() > 1e-3

@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_gives_another(tiny_fac
 def test_what_was_run_is_attached_and_shown(tiny_lora, world, capsys):
     gl.fit(tiny_lora, world[0], validation=world[1], verbose=2)
     out = capsys.readouterr().out
-    assert out.startswith("One epoch is 32 steps. rows=64,")
+    assert out.startswith("One epoch is 17 steps. rows=64,")
     assert "learning_rate=0.005" in out
     assert max(map(len, out.splitlines()[:2])) <= 100
     run = tiny_lora.gemma_lora.run

@@ -1,0 +1,123 @@
+"""Show how a run goes on: a live picture in a notebook, a bar in a terminal, a line now and then in a log."""
+
+import shutil
+import sys
+import time
+
+import keras
+
+from gemma_lora.batches import Batches
+from gemma_lora.figures import plot_losses
+
+_PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}  # seconds from one line to the next
+
+
+class Progress(keras.callbacks.Callback):
+    """Shows epoch, steps, real tokens (no padding) a second, loss per token that counts, and the time left.
+
+    The first step of a call waits for the compiler, and is left out of the rate.
+
+    Args:
+        curve: The `LossCurve` of the run.
+        verbose: "auto" or 1 shows progress as it suits the place; 2 a line after each epoch; 0 nothing.
+    """
+
+    def __init__(self, batches: Batches, curve, *, epochs: int, verbose):
+        super().__init__()
+        self._batches, self._curve, self._epochs = batches, curve, epochs
+        self._place = _place() if verbose in ("auto", 1) else "log"
+        self._pause = _PAUSE[self._place] if verbose in ("auto", 1) else float("inf")
+        self._silent = verbose == 0
+        self._lines, self._pages, self._picture_cost, self._pictured = [], {}, 0.0, 0.0
+        self._start, self._held_out = None, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._per_step = self._batches.tokens(learned=False)
+        self._epoch, self._step, self._done = epoch, self._batches.first, 0
+        self._began = self._shown = time.monotonic()
+        self._start = None
+
+    def after_step(self) -> None:
+        """Count a step, and show how things stand if it is time to."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now
+        else:
+            self._done += self._per_step[self._step]
+        self._step += 1
+        if now - self._shown >= self._pause and not self._silent:
+            self._shown = now
+            self._show(self._line(now))
+            if self._place == "notebook" and now - self._pictured > 30 * self._picture_cost:
+                self._picture()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._silent:
+            return
+        now, logs = time.monotonic(), logs or {}
+        whole = self._step == len(self._per_step)
+        text = f"Epoch {epoch + 1}/{self._epochs}: {self._step if whole else f'{self._step} of {len(self._per_step)}'} "
+        text += f"steps in {now - self._began:.1f} s, {self._rate(now):,.0f} real tokens/s"
+        names = {
+            "loss": "loss",
+            "accuracy": "accuracy",
+            "val_loss": "held-out loss",
+            "val_accuracy": "held-out accuracy",
+        }
+        for key, name in names.items():
+            if key in logs:
+                text += f", {name} {logs[key]:.4f}" if "loss" in key else f", {name} {logs[key]:.1%}"
+        if "val_loss" in logs:
+            self._held_out.append((self._curve.points[-1][0], logs["val_loss"]))
+        self._show(text, last=True)
+        if self._place == "notebook" and self._pause < 60:
+            self._picture()
+
+    def _rate(self, now: float) -> float:
+        return self._done / max(now - (self._start or now), 1e-9)
+
+    def _line(self, now: float) -> str:
+        steps, rate = len(self._per_step), self._rate(now)
+        filled = 12 * self._step // steps
+        text = f"Epoch {self._epoch + 1}/{self._epochs} {'━' * filled}{'─' * (12 - filled)} {self._step}/{steps}"
+        if rate:
+            left = self._per_step[self._step :].sum() + self._per_step.sum() * (self._epochs - self._epoch - 1)
+            minutes, seconds = divmod(int(left / rate), 60)
+            loss = f", loss {self._curve.latest:.4f}" if self._curve.latest is not None else ""
+            text += f", {rate:,.0f} real tokens/s{loss}, {minutes}:{seconds:02} left"
+        return text
+
+    def _show(self, line: str, *, last: bool = False) -> None:
+        if self._place == "notebook":
+            self._page("text", {"text/plain": "\n".join([*self._lines, line])})
+            self._lines += [line] * last
+        elif self._place == "terminal":
+            shown = line if last else line[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{shown}", end="\n" * last, flush=True)
+        else:
+            print(line, flush=True)
+
+    def _picture(self) -> None:
+        start = time.monotonic()
+        from IPython.core.pylabtools import print_figure
+
+        figure = plot_losses(self._curve.so_far(), self._held_out, epochs=self._epochs)
+        png = print_figure(figure, "png", base64=True)
+        self._page("picture", {"image/png": png, "text/plain": "loss per real token"})
+        self._pictured = time.monotonic()
+        self._picture_cost = self._pictured - start  # drawing takes a thirtieth of the time at most
+
+    def _page(self, name: str, data: dict) -> None:
+        if name in self._pages:
+            self._pages[name].update(data, raw=True)
+        else:
+            from IPython.display import display
+
+            self._pages[name] = display(data, raw=True, display_id=True)
+
+
+def _place() -> str:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if getattr(shell, "kernel", None) is not None:
+        return "notebook"
+    return "terminal" if sys.stdout.isatty() else "log"
