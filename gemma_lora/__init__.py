@@ -34,7 +34,7 @@ _NAMES_IN = {
     "memory": ("memory_budget",),
     "preflight": ("check",),
     "training": ("fit",),
-    "sampling": ("generate",),
+    "sampling": ("generate", "stream"),
     "evaluation": ("compare", "distinct", "evaluate", "perplexity"),
     "adapters": ("load_adapter", "save_adapter"),
     "figures": ("plot_bars", "plot_before_after", "plot_history", "plot_lengths", "plot_lora", "plot_memory"),

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import jax
+import keras
 import keras_hub
 import numpy as np
 from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
 from gemma_lora.batches import tokenizer_of
+from gemma_lora.lora import factored
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template, get_template
@@ -20,7 +23,7 @@ _SAMPLERS = {
     "random": lambda: keras_hub.samplers.RandomSampler(),
     "beam": lambda: keras_hub.samplers.BeamSampler(num_beams=5),
 }
-_BATCH = 64  # prompts answered together
+_BATCHES = (8, 16, 32, 64)  # prompts answered together
 _SHAPE_STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
 
 
@@ -45,9 +48,76 @@ def generate(
         max_new_tokens: Most tokens of an answer. None means what is recommended for the model.
         seed: The same seed and prompts give the same answers. None means the seed of `gl.setup`.
     """
-    state = state_of(model)
     one = isinstance(prompts, str | Mapping)
+    encoded, ends, new_tokens = _encoded(model, [prompts] if one else prompts, template, max_new_tokens)
     tokenizer = tokenizer_of(model)
+    answers, sizes = [""] * len(encoded), [len(ids) for ids in encoded]
+    by_length = sorted(range(len(encoded)), key=sizes.__getitem__)
+    rows = _rows(sorted(sizes))
+    with _compiled(model, sampler, runtime.default_seed if seed is None else seed) as function:
+        for start in range(0, len(by_length), rows):
+            batch = by_length[start : start + rows]
+            length = _length(sizes[batch[-1]] + new_tokens, max(sizes) + new_tokens)
+            inputs = _padded([encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id)
+            with explained_out_of_memory(model, answering=True, prompts=len(batch), sequence_length=length):
+                output = np.asarray(function(inputs, stop_token_ids=ends)["token_ids"])
+            for row, i in enumerate(batch):
+                new = output[row, sizes[i] : sizes[i] + new_tokens].tolist()
+                end = next((place for place, token in enumerate(new) if token in ends), len(new))
+                answers[i] = tokenizer.decode(new[:end]).strip()
+    return answers[0] if one else answers
+
+
+def stream(
+    model,
+    prompt: str | Mapping,
+    *,
+    sampler: str | Sampler = "greedy",
+    template: str | Template | None = "auto",
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Answer one prompt, and yield the text piece by piece as its tokens come: together, what `generate` answers.
+
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> pieces = [*stream(model, "The capital of France is", template=None)]
+    >>> "".join(pieces) == gl.generate(model, "The capital of France is", template=None)
+    True
+
+    The arguments are those of `generate`. A sampler that keeps several answers at a time, as "beam" does, is a
+    ValueError: none of them is certain before the end.
+    """
+    encoded, ends, new_tokens = _encoded(model, [prompt], template, max_new_tokens)
+    tokenizer, size, ids, said = tokenizer_of(model), len(encoded[0]), [], ""
+    begin, proceed, draws = _halves(model, sampler, runtime.default_seed if seed is None else seed)
+    inputs = _padded(encoded, 1, _length(size + new_tokens, size + new_tokens), tokenizer.pad_id)
+    weights = [variable.value for variable in _weights(model)]
+    with explained_out_of_memory(model, answering=True, prompts=1, sequence_length=size + new_tokens):
+        cache = begin(weights, inputs)
+    for index in range(size, size + new_tokens):
+        token, cache, draws = proceed(weights, draws, inputs, cache, index)
+        if int(token) in ends:
+            return
+        inputs["token_ids"][0, index] = token
+        ids.append(int(token))
+        text = tokenizer.decode(ids).strip()
+        if len(text) > len(said) and not text.endswith("\ufffd"):  # else: some bytes of a character, not yet all
+            yield text[len(said) :]
+            said = text
+    if len(text) > len(said):
+        yield text[len(said) :]
+
+
+def template_of(model) -> str | Template:
+    """The template of the model's training run, or the one recommended for it."""
+    state = state_of(model)
+    return state.run["template"] if state.run else state.settings.template
+
+
+def _encoded(model, prompts, template, max_new_tokens) -> tuple[list[list[int]], tuple[int, ...], int]:
+    """Token ids of each prompt, ids that end an answer, and the most tokens of an answer."""
+    tokenizer, state = tokenizer_of(model), state_of(model)
     new_tokens = state.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if not isinstance(new_tokens, int) or new_tokens < 1:
         raise ValueError(f"max_new_tokens is a whole number, 1 or more. Received: {max_new_tokens!r}")
@@ -58,63 +128,104 @@ def generate(
         template = get_template(template)
         ends.add(tokenizer.id_of(template.end))
     encoded = []
-    for prompt in [prompts] if one else prompts:
+    for prompt in prompts:
         text = prompt["instruction"] if isinstance(prompt, Mapping) else prompt
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"A prompt is text, or a record with an instruction. Received: {prompt!r}")
         encoded.append(tokenizer.prompt(template, prompt if template else text))
-
-    answers = [""] * len(encoded)
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    with _compiled(model, sampler, runtime.default_seed if seed is None else seed) as function:
-        for start in range(0, len(by_length), _BATCH):
-            rows = by_length[start : start + _BATCH]
-            shape = {"prompts": len(rows), "sequence_length": len(encoded[rows[-1]]) + new_tokens}
-            batch = [encoded[i] for i in rows]
-            with explained_out_of_memory(model, answering=True, **shape):
-                ids = [*_generate_ids(function, batch, new_tokens, tuple(sorted(ends)), tokenizer.pad_id)]
-            for i, answer in zip(rows, ids, strict=True):
-                answers[i] = tokenizer.decode(answer).strip()
-    return answers[0] if one else answers
+    return encoded, tuple(sorted(ends)), new_tokens
 
 
-def template_of(model) -> str | Template:
-    """The template of the model's training run, or the one recommended for it."""
-    state = state_of(model)
-    return state.run["template"] if state.run else state.settings.template
+def _rows(sizes: list[int]) -> int:
+    """Prompts to answer together: KerasHub's loop begins at the shortest and ends with the longest of a batch."""
+
+    def cost(rows: int) -> int:
+        batches = [sizes[i : i + rows] for i in range(0, len(sizes), rows)]
+        return sum((batch[-1] - batch[0] + 32) * (16 + rows) for batch in batches)  # of about 32 new tokens each
+
+    return min(_BATCHES, key=cost)
 
 
-def _generate_ids(function, prompts: list[list[int]], new_tokens: int, ends: tuple[int, ...], pad_id: int):
-    """Run the compiled loop on one batch, and yield the new ids of each prompt, up to its first end token."""
-    rows = 1 << (len(prompts) - 1).bit_length()  # few shapes: batches are filled up to a power of two
-    length = -(-(max(map(len, prompts)) + new_tokens) // _SHAPE_STEP) * _SHAPE_STEP
+def _length(own: int, longest: int) -> int:
+    """Tokens to pad a batch to: the longest's, or a fourth, a sixteenth of it, so that few shapes are compiled."""
+    while own * 4 <= longest:
+        longest //= 4
+    return -(-longest // _SHAPE_STEP) * _SHAPE_STEP
+
+
+def _padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Inputs for a batch, filled up with its last prompt to a power of two rows."""
+    rows = 1 << (rows - 1).bit_length()
     token_ids, mask = np.full((rows, length), pad_id, "int32"), np.zeros((rows, length), bool)
     for row in range(rows):
         prompt = prompts[min(row, len(prompts) - 1)]
         token_ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-    output = np.asarray(function({"token_ids": token_ids, "padding_mask": mask}, stop_token_ids=ends)["token_ids"])
-    for row, prompt in enumerate(prompts):
-        new = output[row, len(prompt) : len(prompt) + new_tokens].tolist()
-        end = next((i for i, token in enumerate(new) if token in ends), len(new))
-        yield new[:end]
+    return {"token_ids": token_ids, "padding_mask": mask}
 
 
 @contextmanager
 def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
     """Give the model a sampler for a while; what was compiled for an equal sampler before is used again."""
-    if isinstance(sampler, str):
-        if sampler not in _SAMPLERS:
-            raise ValueError(f"No sampler is named {sampler!r}. There are: {', '.join(_SAMPLERS)}.")
-        sampler = _SAMPLERS[sampler]()
-    options = {name: value for name, value in sampler.get_config().items() if name != "seed"}
-    known = type(sampler).__module__.startswith("keras_hub.")  # of others, the config may not tell all
-    compiled, key = state_of(model).samplers, (type(sampler), repr(options) if known else id(sampler))
+    sampler, key = _sampler(sampler)
+    compiled = state_of(model).samplers
     before = model.sampler, model.generate_function
     try:
         model.sampler, model.generate_function = compiled.get(key, (sampler, None))
         compiled[key] = (model.sampler, model.make_generate_function())
         for variable in model.sampler.variables:  # a sampler draws on from where it was: start it anew
             variable.assign(np.array([seed % 2**32, 0], dtype="uint32"))
-        yield model.generate_function
+        with factored(model):  # what is compiled for a shape on the way
+            yield model.generate_function
     finally:
         model.sampler, model.generate_function = before
+
+
+def _sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
+    """A sampler, and what tells it from others but for the seed."""
+    if isinstance(sampler, str):
+        if sampler not in _SAMPLERS:
+            raise ValueError(f"No sampler is named {sampler!r}. There are: {', '.join(_SAMPLERS)}.")
+        sampler = _SAMPLERS[sampler]()
+    options = {name: value for name, value in sampler.get_config().items() if name != "seed"}
+    known = type(sampler).__module__.startswith("keras_hub.")  # of others, the config may not tell all
+    return sampler, (type(sampler), repr(options) if known else id(sampler))
+
+
+def _weights(model) -> list:
+    return [*model.trainable_variables, *model.non_trainable_variables]
+
+
+def _halves(model, sampler: str | Sampler, seed: int) -> tuple[Callable, Callable, list]:
+    """KerasHub's `generate_step` in halves, the pass over the prompt and one token, and the sampler's seed.
+
+    Each half runs the whole step with a sampler that takes out what it needs; the compiler drops the rest.
+    """
+    sampler, key = _sampler(sampler)
+    if type(sampler).__call__ is not Sampler.__call__:
+        raise ValueError(f"{type(sampler).__name__} keeps several answers at a time: none can be streamed.")
+    begin, proceed, sampler = state_of(model).samplers.get(("stream", key), (None, None, sampler))
+
+    def step(weights, draws, inputs, take: Callable):
+        taken, before = [], model.sampler
+        mapping = zip([*_weights(model), *sampler.variables], [*weights, *draws], strict=False)
+        with keras.StatelessScope(state_mapping=mapping) as scope, factored(model):
+            try:
+                model.sampler = lambda next, prompt, cache, **_: taken.append(take(next, prompt, cache)) or prompt  # noqa: A006
+                model.generate_step(inputs, stop_token_ids=None)
+            finally:
+                model.sampler = before
+            return taken[0], [scope.get_current_value(variable) for variable in sampler.variables]
+
+    def one_token(weights, draws, inputs, cache, index):
+        def take(next, prompt, _):  # noqa: A002
+            logits, _, new = next(prompt, cache, index)
+            return sampler.get_next_token(sampler.compute_probabilities(logits))[0], new
+
+        (token, new), draws = step(weights, draws, inputs, take)
+        return token, new, draws
+
+    if begin is None:
+        begin = jax.jit(lambda weights, inputs: step(weights, [], inputs, lambda next, prompt, cache: cache)[0])  # noqa: A006
+        proceed = jax.jit(one_token, donate_argnums=3)
+        state_of(model).samplers["stream", key] = begin, proceed, sampler
+    return begin, proceed, [np.array([seed % 2**32, 0], "uint32") for _ in sampler.variables]
