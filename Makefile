@@ -38,8 +38,9 @@ lint: .venv/.dev  ## style of code and notebooks, and no token in any of them
 notebooks: .venv/.dev  ## execute the notebooks and save them, and their pages under artifacts/
 	$(BIN)/python tests/notebooks.py save
 
-bench: .venv/.dev  ## measure what the README's table of results says
+bench: .venv/.peers  ## measure what the README's tables say: results, and speed beside the peers (an hour)
 	$(BIN)/python tests/benchmarks/small_world.py
+	$(BIN)/python tests/benchmarks/training.py
 
 set-repo:  ## write the public address of the repository wherever it is needed: REPO=owner/name
 	@$(PYTHON) tests/set_repo.py "$$REPO"
