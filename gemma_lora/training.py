@@ -126,7 +126,7 @@ def fit(
         validation: Records to measure the loss on after each epoch.
         template: Name of a template or a `Template`; prompts are rendered by it in training and, later, in `generate`.
         epochs: How often every record is learned from.
-        batch_tokens: Tokens a step, padding included: records of like length, as many as have room.
+        batch_tokens: Tokens a step. Short records share a row, and none sees another of it.
         batch_size: Records a step, whatever their length. None leaves it to `batch_tokens`.
         sequence_length: Most tokens of prompt and response together; longer responses are cut, and counted.
         learning_rate, weight_decay: Of AdamW; biases and norm scales are not decayed, as in the recipe.

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import keras
 import numpy as np
 import pytest
 from families import FAMILIES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import gemma_lora as gl
 from gemma_lora.batches import Batches, encode
@@ -165,3 +168,35 @@ def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
                 measured = trainer.evaluate(x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True)
                 sums += measured["loss"] * weights.sum(), weights.sum()
             assert abs(loss - sums[0] / sums[1]) < 1e-3
+
+
+TEXTS = st.one_of(
+    st.text(min_size=1, max_size=30),
+    st.sampled_from(
+        ["", " ", "a", "word " * 25_000, "\x00\x07", "\u202eabc", "👩‍👩‍👧‍👦", "مرحبا", "a\ud800", "<eos><pad>"]
+    ),
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=5),
+    size=st.fixed_dictionaries(
+        {},
+        optional={"batch_size": st.integers(-1, 3), "batch_tokens": st.integers(-1, 300), "epochs": st.integers(0, 2)},
+    ),
+    length=st.integers(0, 60),
+    loss_on=st.sampled_from(["response", "all", "prompt"]),
+)
+def test_any_records_and_options_train_or_say_why_not(tiny_lora, records, size, length, loss_on):
+    names = ("instruction", "context", "response")
+    rows = [dict(zip(names, texts, strict=True)) for texts in records]
+    before = weights_of(tiny_lora)
+    try:
+        history = gl.fit(tiny_lora, rows, sequence_length=length, loss_on=loss_on, **size, verbose=0)
+    except ValueError as error:
+        assert re.search(r"Received|Record \d|no records|none leaves room", str(error)), error
+        assert all(np.array_equal(value, before[path]) for path, value in weights_of(tiny_lora).items())
+        return
+    assert all(np.isfinite(loss) for loss in history.history["loss"])
+    assert len(history.history["loss"]) == size.get("epochs", 1)
