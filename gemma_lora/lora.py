@@ -6,8 +6,8 @@ matrices: W + (alpha / rank) A B. Keras calls A and B `lora_kernel_a` and `lora_
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -173,21 +173,26 @@ def adapters_off(model) -> Iterator[None]:
             b.assign(value)
 
 
-@contextmanager
-def factored(model) -> Iterator[None]:
+def factored(model) -> AbstractContextManager:
     """Within this context adapted layers compute x W + (alpha / rank) (x A) B, where Keras computes x (W + ... A B).
 
     The sum is the same; but no update as large as W is made, nor, on the way back, a gradient as large as W. What is
     compiled within stays so.
     """
     layers = [layer for layer in lora_layers(model).values() if not layer.quantization_mode]  # else Keras does it, too
-    for layer in layers:
-        layer.call = partial(_call_factored, layer)
+    return overridden(layers, "call", _call_factored)
+
+
+@contextmanager
+def overridden(objects: Sequence, name: str, function: Callable) -> Iterator[None]:
+    """Within this context each object has `function` as its method `name`."""
+    for one in objects:
+        setattr(one, name, partial(function, one))
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.call
+        for one in objects:
+            delattr(one, name)
 
 
 def _call_factored(layer, inputs, training=None):

@@ -3,8 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
-from gemma_lora.lora import factored
+from gemma_lora.lora import factored, overridden
 from gemma_lora.models import Settings, state_of
 from gemma_lora.runtime import return_memory
 
@@ -81,10 +80,8 @@ class TokenTrainer(keras.Model):
 
     def __init__(self, model):
         super().__init__(inputs=model.backbone.input, outputs=model.backbone.output)
-        self._embedding, self._contexts = (
-            model.backbone.token_embedding,
-            lambda: (factored(model), records_apart(model)),
-        )
+        self._embedding = model.backbone.token_embedding
+        self._contexts = lambda: (factored(model), records_apart(model))  # Keras would track the model itself
         self._steps = 0
         self.after_step: Callable | None = None  # Keras's hooks run in other threads, or wait for the loss of each step
         self._token_metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
@@ -174,8 +171,7 @@ class TokenTrainer(keras.Model):
             self.test_function = test_function
 
 
-@contextmanager
-def records_apart(model) -> Iterator[None]:
+def records_apart(model) -> AbstractContextManager:
     """Within this context a token attends to those of its own record, before it: `padding_mask` numbers the records.
 
     Positions count from the start of a row; Gemma's attention depends on their differences alone.
@@ -185,14 +181,7 @@ def records_apart(model) -> Iterator[None]:
         causal = type(block)._compute_attention_mask(block, x, None, *rest)
         return ops.cast(ops.logical_and(causal, numbers[:, :, None] == numbers[:, None, :]), "int32")
 
-    blocks = model.backbone.transformer_layers
-    for block in blocks:
-        block._compute_attention_mask = partial(own_record, block)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block._compute_attention_mask
+    return overridden(model.backbone.transformer_layers, "_compute_attention_mask", own_record)
 
 
 def trainer_of(model) -> TokenTrainer:

@@ -15,7 +15,7 @@ _PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}  # seconds from one lin
 class Progress(keras.callbacks.Callback):
     """Shows epoch, steps, real tokens (no padding) a second, loss per token that counts, and the time left.
 
-    The first step of a call waits for the compiler, and is left out of the rate.
+    The first step of an epoch may wait for the compiler, and is left out of the rate, as is the validation.
 
     Args:
         curve: The `LossCurve` of the run.
@@ -35,7 +35,10 @@ class Progress(keras.callbacks.Callback):
         self._per_step = self._batches.tokens(learned=False)
         self._epoch, self._step, self._done = epoch, self._batches.first, 0
         self._began = self._shown = time.monotonic()
-        self._start = None
+        self._start = self._ended = None
+
+    def on_test_begin(self, logs=None):
+        self._ended = time.monotonic()  # the validation after an epoch is none of its steps
 
     def after_step(self) -> None:
         """Count a step, and show how things stand if it is time to."""
@@ -54,10 +57,12 @@ class Progress(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if self._silent:
             return
-        now, logs = time.monotonic(), logs or {}
+        now, logs = self._ended or time.monotonic(), logs or {}
         whole = self._step == len(self._per_step)
         text = f"Epoch {epoch + 1}/{self._epochs}: {self._step if whole else f'{self._step} of {len(self._per_step)}'} "
-        text += f"steps in {now - self._began:.1f} s, {self._rate(now):,.0f} real tokens/s"
+        text += f"steps in {now - self._began:.1f} s"
+        if rate := self._rate(now):
+            text += f", {rate:,.0f} real tokens/s"
         names = {
             "loss": "loss",
             "accuracy": "accuracy",
@@ -68,9 +73,9 @@ class Progress(keras.callbacks.Callback):
             if key in logs:
                 text += f", {name} {logs[key]:.4f}" if "loss" in key else f", {name} {logs[key]:.1%}"
         if "val_loss" in logs:
-            self._held_out.append((self._curve.points[-1][0], logs["val_loss"]))
+            self._held_out.append((epoch + self._step / len(self._per_step), logs["val_loss"]))
         self._show(text, last=True)
-        if self._place == "notebook" and self._pause < 60:
+        if self._place == "notebook":
             self._picture()
 
     def _rate(self, now: float) -> float:

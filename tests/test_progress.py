@@ -3,9 +3,12 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import time
 
+import keras
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -61,3 +64,17 @@ def test_verbose_2_is_a_line_an_epoch_and_0_is_silence(tiny_lora, capsys):
     assert re.search(r"Epoch 1/1: \d+ steps in", capsys.readouterr().out)
     gl.fit(tiny_lora, train, verbose=0)
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_stopped_in_its_first_step_has_a_line_and_its_rate_leaves_validation_out(tiny_lora, capsys):
+    train, held_out = gl.load_tiny_world()
+    stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: os.kill(os.getpid(), signal.SIGINT))
+    gl.fit(tiny_lora, train, validation=held_out.select(range(4)), callbacks=[stop], verbose=2)
+    assert re.search(r"Epoch 1/1: [1-9] of 284 steps in", capsys.readouterr().out)
+    slow = keras.callbacks.LambdaCallback(on_test_batch_end=lambda step, logs: time.sleep(2))
+    gl.fit(tiny_lora, train.select(range(8)), validation=held_out.select(range(4)), callbacks=[slow], verbose=2)
+    seconds = re.search(r"steps in ([\d.]+) s", capsys.readouterr().out)[1]
+    start = time.monotonic()
+    gl.evaluate(tiny_lora, held_out.select(range(4)), answers=False)
+    gl.fit(tiny_lora, train.select(range(8)), verbose=0)
+    assert float(seconds) < time.monotonic() - start + 1.5  # two seconds a batch are not in it

@@ -53,14 +53,15 @@ def real_tokens(folder, length, part):
     return sum(min(len(ids) - 1, length) for ids in json.loads((folder / "ids.json").read_text())[part])
 
 
-def recipe(folder, rows, repeats, length, dtype):
-    """The published recipe, on stock KerasHub."""
+def stock_model(preset, length, dtype="float32"):
+    """A model as the published recipe has it, compiled. No `gl.setup`: it would speed up what is to be stock."""
     os.environ["KERAS_BACKEND"] = "jax"
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "1.00"
     import keras
     import keras_hub
 
-    model = keras_hub.models.GemmaCausalLM.from_preset(str(folder / "keras"), dtype=dtype)
+    keras.utils.set_random_seed(0)
+    model = keras_hub.models.GemmaCausalLM.from_preset(str(preset), dtype=dtype)
     model.backbone.enable_lora(rank=4)
     model.preprocessor.sequence_length = length
     optimizer = keras.optimizers.AdamW(learning_rate=5e-5, weight_decay=0.01)
@@ -70,6 +71,12 @@ def recipe(folder, rows, repeats, length, dtype):
         optimizer=optimizer,
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
     )
+    return model
+
+
+def recipe(folder, rows, repeats, length, dtype):
+    """The published recipe, on stock KerasHub."""
+    model = stock_model(folder / "keras", length, dtype)
     texts = (folder / "texts.jsonl").read_text().splitlines()[:rows]
     texts = [TEMPLATE.format(**json.loads(line)) for line in texts]
     start = time.monotonic()
@@ -282,24 +289,14 @@ def scale(folder, rows, repeats):
 
 def tiny_recipe(folder, rows, repeats):
     """The published recipe on `tiny_gemma_en`: seconds of its epoch, and the held-out loss it ends with."""
-    os.environ["KERAS_BACKEND"] = "jax"  # and no `gl.setup`: it would speed up what is to be stock
+    os.environ["KERAS_BACKEND"] = "jax"
     import keras
-    import keras_hub
 
     import gemma_lora as gl
     from gemma_lora.models import TINY_FOLDER
 
     train, held_out = gl.load_tiny_world()
-    model = keras_hub.models.GemmaCausalLM.from_preset(str(TINY_FOLDER))
-    model.backbone.enable_lora(rank=4)
-    model.preprocessor.sequence_length = 256
-    optimizer = keras.optimizers.AdamW(learning_rate=5e-5, weight_decay=0.01)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
-    model.compile(
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        optimizer=optimizer,
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
-    )
+    model = stock_model(TINY_FOLDER, 256)
     ends = [time.monotonic()]
     clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: ends.append(time.monotonic()))
     texts = [gl.TEMPLATES["recipe"].prompt(row) + row["response"] for row in train]

@@ -36,7 +36,8 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e1
 def measure(what: str, folder: Path, environment: dict | None = None, **options) -> dict:
     """Run a function of contenders.py in a process of its own, and wait for it."""
     print(f"{what} {options} …", flush=True)
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, **(environment or {})}
+    fresh = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(dir=folder)}  # else a run before has compiled for it
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, **fresh, **(environment or {})}
     command = [sys.executable, HERE / "contenders.py", what, json.dumps({"folder": str(folder), **options})]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
