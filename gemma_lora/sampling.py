@@ -7,11 +7,12 @@ import jax
 import keras
 import keras_hub
 import numpy as np
+from keras import ops
 from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
 from gemma_lora.batches import tokenizer_of
-from gemma_lora.lora import factored
+from gemma_lora.lora import factored, overridden
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template, get_template
@@ -59,6 +60,7 @@ def generate(
             batch = by_length[start : start + rows]
             length = _length(sizes[batch[-1]] + new_tokens, max(sizes) + new_tokens)
             inputs = _padded([encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id)
+            inputs["limit"] = np.int32(sizes[batch[-1]] + new_tokens)
             with explained_out_of_memory(model, answering=True, prompts=len(batch), sequence_length=length):
                 output = np.asarray(function(inputs, stop_token_ids=ends)["token_ids"])
             for row, i in enumerate(batch):
@@ -167,6 +169,8 @@ def _padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> di
 def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
     """Give the model a sampler for a while; what was compiled for an equal sampler before is used again."""
     sampler, key = _sampler(sampler)
+    if isinstance(sampler, keras_hub.samplers.BeamSampler) and isinstance(model, keras_hub.models.Gemma3CausalLM):
+        raise ValueError("KerasHub has no beam search with Gemma 3. Take sampler='greedy', 'top_k' or 'top_p'.")
     compiled = state_of(model).samplers
     before = model.sampler, model.generate_function
     try:
@@ -174,10 +178,29 @@ def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
         compiled[key] = (model.sampler, model.make_generate_function())
         for variable in model.sampler.variables:  # a sampler draws on from where it was: start it anew
             variable.assign(np.array([seed % 2**32, 0], dtype="uint32"))
-        with factored(model):  # what is compiled for a shape on the way
+        with factored(model), overridden([model], "generate_step", _generate_step):  # what is compiled on the way
             yield model.generate_function
     finally:
         model.sampler, model.generate_function = before
+
+
+def _generate_step(model, inputs, stop_token_ids):
+    """KerasHub's own, but it ends at `inputs["limit"]`, not with the row, and copies no caches at each token."""
+
+    def run_loop(sampler, cond, body, model=None, loop_vars=None, maximum_iterations=None):
+        steps = ops.minimum(maximum_iterations, inputs["limit"] - loop_vars[2])  # from the shortest prompt's end
+        return type(sampler).run_loop(sampler, cond, body, model, loop_vars, steps)
+
+    def call_with_cache(model, token_ids, cache, cache_update_index, **options):
+        if isinstance(cache, list):  # the compiler drops the stacking of what is then taken apart
+            cache = ops.stack([ops.stack(pair, axis=1) for pair in cache], axis=1)
+        *found, cache = type(model).call_with_cache(model, token_ids, cache, cache_update_index, **options)
+        if hasattr(cache, "shape"):  # one array, (prompts, layers, 2, tokens, heads, head size); Gemma 3 keeps pairs
+            cache = [[cache[:, layer, 0], cache[:, layer, 1]] for layer in range(cache.shape[1])]
+        return *found, cache
+
+    with overridden([model.sampler], "run_loop", run_loop), overridden([model], "call_with_cache", call_with_cache):
+        return type(model).generate_step(model, inputs, stop_token_ids)
 
 
 def _sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
