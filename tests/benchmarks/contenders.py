@@ -344,9 +344,10 @@ def tiny_ours(folder, rows, repeats, target):
 
 
 def answers(folder, rows, repeats, how):
-    """64 prompts of mixed lengths, of which no answer ends early: `gl.generate`, or a loop over stock `generate`.
+    """64 prompts of mixed lengths, 64 new tokens each (none ends early): `gl.generate`, or stock `generate` in a loop.
 
-    The loop has one length for all prompts, and so compiles once; its short prompts get longer answers.
+    The loop gives all prompts one length, and so compiles once, but its short prompts get longer answers ("stock"); or
+    each its own, and compiles for each length ("stock, own lengths").
     """
     import gemma_lora as gl
 
@@ -364,10 +365,10 @@ def answers(folder, rows, repeats, how):
         if how == "ours":
             gl.generate(model, prompts, template=None, max_new_tokens=new)
         else:
-            longest = max(sizes) + new
-            for prompt in prompts:
-                model.generate(prompt, max_length=longest)
-            found["tokens"] = sum(longest - size for size in sizes)
+            lengths = [(size if "own" in how else max(sizes)) + new for size in sizes]
+            for prompt, length in zip(prompts, lengths, strict=True):
+                model.generate(prompt, max_length=length)
+            found["tokens"] = sum(lengths) - sum(sizes)
         found["seconds"].append(time.monotonic() - start)
     return found
 
