@@ -18,8 +18,8 @@ test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what 
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not full and not peers"
 	$(BIN)/python tests/notebooks.py test
 
-test-full: .venv/.dev  ## the long counts: more seeds, more examples
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n 2 --dist loadfile -m "not peers"
+test-full: .venv/.peers  ## the long counts: more seeds, more examples
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-peers: .venv/.peers  ## the same results from Transformers and PEFT
 	$(BIN)/python -m pytest -m peers tests/peers
@@ -35,7 +35,7 @@ lint: .venv/.dev  ## style of code and notebooks, and no token in any of them
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/find_tokens.py README.md notebooks
 
-notebooks: .venv/.dev  ## execute the notebooks and save them, and their pages under artifacts/
+notebooks: .venv/.peers  ## execute the notebooks and save them, and their pages under artifacts/
 	$(BIN)/python tests/notebooks.py save
 
 bench: .venv/.peers  ## measure what the README's tables say: results, and speed beside the peers (an hour)

@@ -36,8 +36,13 @@ _NAMES_IN = {
     "training": ("fit",),
     "sampling": ("generate", "stream"),
     "evaluation": ("compare", "distinct", "evaluate", "perplexity"),
+    "merging": ("merge", "remove_adapter"),
+    "cards": ("model_card",),
+    "export": ("export_transformers",),
+    "peft_format": ("export_peft",),
     "adapters": ("load_adapter", "save_adapter"),
     "figures": ("plot_bars", "plot_before_after", "plot_history", "plot_lengths", "plot_lora", "plot_memory"),
+    "sharing": ("upload",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
 

@@ -1,24 +1,33 @@
 """An adapter as a file: safetensors by layer path, and beside it what it belongs to."""
 
+import hashlib
 import json
-import warnings
+import math
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
+import h5py
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
-from gemma_lora.lora import LoraSummary, enable_lora, linear_layers, lora_layers
+from gemma_lora import peft_format
+from gemma_lora.cards import base_name, model_card, write_card
+from gemma_lora.lora import ALL_LINEAR, LoraSummary, enable_lora, linear_layers, lora_layers, resolve_targets
+from gemma_lora.merging import detach
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template
 
 FORMAT = 1
+_SAMPLED = 256  # values of each kernel in the fingerprint of a base
 
 
 def save_adapter(model, folder: str | Path) -> Path:
-    """Save a model's adapters as `adapter.safetensors` and `adapter.json`.
+    """Save a model's adapters as `adapter.safetensors` and `adapter.json`, with a page that says how to load them.
 
-    The tensors are named "<layer path>/a" and "/b", float32, in Keras's shapes; the JSON holds format, base, rank,
-    alpha, targets, seed and the record of the training run.
+    The tensors are named "<layer path>/a" and "/b", float32, in Keras's shapes; the JSON holds the base's name and
+    fingerprints, rank, alpha, targets, seed, the record of the training run, versions, and a checksum of it all.
 
     Args:
         model: A model with adapters.
@@ -27,66 +36,167 @@ def save_adapter(model, folder: str | Path) -> Path:
     state = state_of(model)
     if state.lora is None:
         raise ValueError("The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(weight.value, dtype="float32") for name, weight in _tensors(model).items()}
+    folder = Path(folder).expanduser()
+    tensors = save({name: np.asarray(weight.value, dtype="float32") for name, weight in _tensors(model).items()})
     run = None if state.run is None else state.run | {"template": vars(state.run["template"])}
-    about = {"format": FORMAT, "base": state.preset, "architecture": type(model.backbone).__name__}
+    about = {"format": FORMAT, "base": base_name(model), **fingerprints(model)}
     about |= {name: getattr(state.lora, name) for name in ("rank", "alpha", "targets", "seed")} | {"run": run}
-    text = json.dumps(about, indent=2, default=float)  # before anything is written
-    _replace(folder / "adapter.safetensors", lambda file: save_file(tensors, file))
-    _replace(folder / "adapter.json", lambda file: file.write_text(text, encoding="utf-8"))
+    about["versions"] = {name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")}
+    about = json.loads(json.dumps(about, default=float))
+    text = json.dumps(about | {"checksum": _checksum(about, tensors)}, indent=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace({folder / "adapter.safetensors": tensors, folder / "adapter.json": text.encode()})
+    write_card(folder, model_card(model, kind="adapter"))
     return folder
 
 
-def load_adapter(model, folder: str | Path) -> LoraSummary:
+def load_adapter(model, source: str | Path, *, targets=None, force: bool = False) -> LoraSummary:
     """Put a saved adapter on a model: LoRA on the right layers, and the weights, exactly.
 
-    The model is the adapter's base, without adapters or with some of the same rank, alpha and targets; `folder` is what
-    `save_adapter` wrote. Returns what `enable_lora` returns.
+    An adapter that the model has is replaced; with the same rank, alpha and targets nothing is compiled anew.
+
+    Args:
+        model: The adapter's base.
+        source: A folder that `save_adapter` wrote; a folder in PEFT's format; or a `.lora.h5` file of stock Keras.
+        targets: The layers a `.lora.h5` file was made for, which it does not say. None means query and value.
+        force: Take a base of the right shapes whose weights differ from those that the adapter was made for.
+
+    Returns:
+        What `enable_lora` returns.
 
     Raises:
-        FileNotFoundError: The folder holds no adapter.
-        ValueError: A tensor is missing, spare, broken or of another shape; the model is left as it was. Another base
-            of the same shapes is a warning.
+        FileNotFoundError: There is no adapter.
+        ValueError: It was cut or altered, or belongs to another base: the text says what differs. The model is left as
+            it was.
     """
-    state, folder = state_of(model), Path(folder)
+    state, source = state_of(model), Path(source).expanduser()
+    present = sorted({layer.name for layer in linear_layers(model).values()}, key=ALL_LINEAR.index)
+    names = resolve_targets(targets or "query_value", present)
+    if source.suffix == ".h5":
+        about, tensors = _read(source, lambda: _read_keras(model, source))
+        if set(about["targets"]) != set(names):
+            raise ValueError(f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with.")
+        about["targets"] = names
+    elif (source / "adapter_config.json").is_file():
+        about, tensors = _read(source, lambda: peft_format.read(model, source))
+    else:
+        about, tensors = _read(source, lambda: _read_own(source))
+    _check_fits(model, source, about, tensors)
+    _check_base(model, source, about, force)
+    lora = state.lora
+    if lora and (lora.rank, lora.alpha, lora.targets) != (about["rank"], about["alpha"], about["targets"]):
+        lora = None
+    if lora is None:
+        detach(model)
+    options = {name: about[name] for name in ("rank", "alpha", "targets")}
+    summary = enable_lora(model, **options, seed=None if lora else about["seed"])
+    for name, weight in _tensors(model).items():
+        weight.assign(tensors[name])
+    state.run = about["run"]
+    return summary
+
+
+def fingerprints(model) -> dict:
+    """What tells a base from others: architecture, shapes of kernels, and a sum over some values of each.
+
+    The values are rounded to bfloat16, so that a base has one fingerprint in float32 and in bfloat16.
+    """
+    kernels = {"token_embedding": model.backbone.token_embedding.embeddings}
+    kernels |= {path: layer._kernel for path, layer in linear_layers(model).items()}
+    sums = {"shapes": hashlib.sha256(), "weights": hashlib.sha256()}
+    for path, kernel in kernels.items():
+        sums["shapes"].update(f"{path} {tuple(kernel.shape)}".encode())
+        places = np.linspace(0, np.prod(kernel.shape) - 1, _SAMPLED).astype("int64")
+        values = np.asarray(kernel.value[np.unravel_index(places, kernel.shape)])
+        sums["weights"].update(values.astype(jnp.bfloat16).tobytes())
+    found = {"architecture": type(model.backbone).__name__}
+    return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
+
+
+def _read(source: Path, read: Callable) -> tuple[dict, dict]:
+    """What there is to read, with rank, alpha, targets, seed and run; or a sentence why not."""
+    if not source.exists():
+        raise FileNotFoundError(f"There is no {source}.")
+    try:
+        about, tensors = read()
+        about["targets"] = tuple(about["targets"])
+        if about["run"] is not None:
+            about["run"] = about["run"] | {"template": Template(**about["run"]["template"])}
+        return about, {name: np.asarray(tensor, "float32") for name, tensor in tensors.items()}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"The adapter in {source} cannot be read: {error}. Copy or save it again.") from error
+
+
+def _read_own(folder: Path) -> tuple[dict, dict]:
     for name in ("adapter.json", "adapter.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"The folder {folder} holds no adapter: it has no {name}.")
-    try:
-        about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-        if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']!r}, and this version of gemma_lora reads {FORMAT}")
-        tensors = load_file(folder / "adapter.safetensors")
-        rank, alpha, targets, run = about["rank"], about["alpha"], about["targets"], about["run"]
-        if run is not None:
-            run = run | {"template": Template(**run["template"])}
-    except Exception as error:
-        raise ValueError(f"The adapter in {folder} cannot be read: {error}. Copy or save it again.") from error
+    about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    if about["format"] != FORMAT:
+        raise ValueError(f"its format is {about['format']!r}, and this version of gemma_lora reads {FORMAT}")
+    tensors = (folder / "adapter.safetensors").read_bytes()
+    if _checksum({name: value for name, value in about.items() if name != "checksum"}, tensors) != about["checksum"]:
+        raise ValueError("it was cut or altered after it was saved (its checksum differs)")
+    return about, load(tensors)
 
-    expected = {}
+
+def _read_keras(model, path: Path) -> tuple[dict, dict]:
+    """Keras numbers the layers with weights, and says neither their names nor alpha, which is the rank there."""
+    paths = {id(layer): path for path, layer in linear_layers(model).items()}
+    numbered = [layer for layer in model.backbone._flatten_layers(include_self=False) if layer.weights]
+    numbered = {str(i): paths[id(layer)] for i, layer in enumerate(numbered) if id(layer) in paths}
+    with h5py.File(path) as file:
+        lora = file["lora"]
+        rank, tensors = int(lora["vars"]["rank"][()]), {}
+        for number in lora:
+            if number != "vars":
+                layer = numbered.get(number, f"layer {number}")
+                for part in "ab":
+                    tensors[f"{layer}/{part}"] = lora[number]["vars"][f"lora_kernel_{part}"][()]
+    found = sorted({name.split("/")[-2] for name in tensors if "/" in name[:-2]})
+    return {"rank": rank, "alpha": float(rank), "targets": found, "seed": None, "run": None}, tensors
+
+
+def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
+    """Every tensor where this model has a place for it, of its shape, with numbers in it."""
+    rank, alpha, expected = about["rank"], about["alpha"], {}
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"The adapter in {source} has no usable rank and alpha: {rank!r}, {alpha!r}.")
     for path, layer in linear_layers(model).items():
-        if layer.name in targets:
+        if layer.name in about["targets"]:
             shape = tuple(layer._kernel.shape)
             expected[f"{path}/a"], expected[f"{path}/b"] = (*shape[:-1], rank), (rank, shape[-1])
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]:
+        base = about.get("base")
         raise ValueError(
-            f"The adapter in {folder} was made for {about.get('base')!r} and does not fit this model, "
-            f"{state.preset!r}. For instance {wrong[0]!r}: the model takes shape {expected.get(wrong[0])}, the file "
-            f"has {found.get(wrong[0])}. Load its base: gl.load({about.get('base')!r})."
+            f"The adapter in {source} does not fit this model, {base_name(model)!r}. For instance {wrong[0]!r}: the "
+            f"model takes shape {expected.get(wrong[0])}, the file has {found.get(wrong[0])}."
+            + (f" It was made for {base!r}: gl.load({base!r})." if base else "")
         )
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise ValueError(f"The adapter in {folder} holds values that are no numbers, for instance in {broken[0]!r}.")
+        raise ValueError(f"The adapter in {source} holds values that are no numbers, for instance in {broken[0]!r}.")
 
-    if about["base"] != state.preset:
-        warnings.warn(f"The adapter was made for {about['base']!r}, the model is {state.preset!r}.", stacklevel=2)
-    summary = enable_lora(model, rank=rank, targets=targets, alpha=alpha, seed=None if state.lora else about["seed"])
-    for name, weight in _tensors(model).items():
-        weight.assign(tensors[name])
-    state.run = run
-    return summary
+
+def _check_base(model, source: Path, about: dict, force: bool) -> None:
+    own = fingerprints(model)
+    differs = [name for name in own if name in about and about[name] != own[name]]
+    if differs and not (force and differs == ["weights"]):
+        raise ValueError(
+            f"The adapter in {source} was made for {about['base']!r}; this model, {base_name(model)!r}, has other "
+            f"{' and '.join(differs)}. Load its base, gl.load({about['base']!r})."
+            + (
+                " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."
+                if differs == ["weights"]
+                else ""
+            )
+        )
+
+
+def _checksum(about: dict, tensors: bytes) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _tensors(model) -> dict:
@@ -95,11 +205,14 @@ def _tensors(model) -> dict:
     return {f"{path}/{part}": getattr(layer, f"lora_kernel_{part}") for path, layer in layers for part in "ab"}
 
 
-def _replace(path: Path, write) -> None:
-    """Write beside the file, then move: a failure half way leaves the old file."""
-    part = path.with_name(f"{path.name}.part")
+def _replace(contents: dict[Path, bytes]) -> None:
+    """Write beside the files, then move: a failure half way leaves the old ones."""
+    parts = {path: path.with_name(f"{path.name}.part") for path in contents}
     try:
-        write(part)
-        part.replace(path)
+        for path, part in parts.items():
+            part.write_bytes(contents[path])
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)

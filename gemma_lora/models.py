@@ -43,6 +43,8 @@ class State:
     settings: Settings
     lora: Any = None  # the summary of enable_lora
     run: dict | None = None  # the record of the last training run
+    merged: dict | None = None  # after a merge: layers and kernels from before, or nothing if they were not kept
+    merged_lora: Any = None  # the summary of what was merged
     tokenizer: Any = None
     trainer: Any = None
     samplers: dict = field(default_factory=dict)

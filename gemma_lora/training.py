@@ -16,7 +16,7 @@ from keras import ops
 from gemma_lora import runtime
 from gemma_lora.batches import Batches, Encoded, encode
 from gemma_lora.checkpoints import Checkpoints
-from gemma_lora.lora import adapter_weights
+from gemma_lora.lora import adapter_weights, adapters_off
 from gemma_lora.loss import optimizer_for, stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import recommended, state_of
@@ -212,6 +212,10 @@ def fit(
             for name, values in done.history.items():
                 history.history[name] = history.history.get(name, [])[: len(history.epoch) - len(values)] + values
             epoch, step = last, 0
+        if held_out and "val_loss" in history.history and not trainer.stop_training:
+            with adapters_off(model):
+                base = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)["loss"]
+            run["held_out_loss"] = {"base": float(base), "tuned": float(history.history["val_loss"][-1])}
     history.curve = curve.points
     state.run = run | {
         "template": get_template(settings.template),

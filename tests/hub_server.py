@@ -1,8 +1,9 @@
-"""A Hugging Face Hub on loopback: enough of its protocol for the real client libraries to load a data set or a model.
+"""A Hugging Face Hub on loopback: enough of its protocol for the clients to load data sets, and fetch or send models.
 
 What `kaggle_server` needs too is here: a server that can be told to fail, and the ways in which it does.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ SHORT = "short"  # send half of the body as if that were all
 RESET = "reset"  # reset the connection
 Fault = int | str
 
+_SENDS = r"^PUT |^POST .*(/repos/create|/validate-yaml|/preupload/main|/objects/batch|/commit/main)$"
 IN_THE_BODY = (HANG_HALF, CUT, SHORT)
 
 
@@ -93,7 +95,13 @@ class HubServer(LoopbackServer):
 
     `repos` holds each data set's files as {"owner/name": {"path": content}}, `models` each model's, which may also be a
     folder. Models in `gated` are only for the tokens in `tokens_with_access`.
+
+    Models are made and changed by the tokens in `users`, which gives each one's name: theirs are those of that owner.
+    `private` holds the models that were made so, `commits` what each commit brought, `requests` all that was asked for
+    and the Authorization header; README.md must not hold `bad_card`.
     """
+
+    bad_card = b"license: [not closed"
 
     def __init__(self):
         super().__init__()
@@ -101,6 +109,11 @@ class HubServer(LoopbackServer):
         self.models: dict[str, dict[str, bytes] | Path] = {}
         self.gated: set[str] = set()
         self.tokens_with_access: set[str] = set()
+        self.users: dict[str, str] = {}
+        self.private: set[str] = set()
+        self.commits: list[tuple[str, dict[str, bytes]]] = []
+        self.requests: list[tuple[str, str | None]] = []
+        self._large: dict[str, bytes] = {}  # by sha256
 
     @property
     def url(self) -> str:
@@ -115,9 +128,12 @@ class HubServer(LoopbackServer):
 
     def respond(self, method: str, url: str, headers, body: bytes) -> Response:
         path = unquote(urlsplit(url).path)
+        self.requests.append((f"{method} {path}", headers.get("Authorization")))
         fault = self.take_fault(path, besides=IN_THE_BODY if method == "HEAD" else ())
         if fault and isinstance(fault, int):
             return Response(fault, {}, b"")
+        if re.search(_SENDS, f"{method} {path}"):
+            return self._receive(path, headers.get("Authorization") or "", body)._replace(fault=fault)
         recursive = parse_qs(urlsplit(url).query).get("recursive") == ["true"]
         return self._answer(path, headers.get("Authorization") or "", recursive)._replace(fault=fault)
 
@@ -143,6 +159,75 @@ class HubServer(LoopbackServer):
         if api and route == "tree" and (entries := _tree(files, inner, recursive)):
             return _json(entries)
         return _missing("EntryNotFound", commit)
+
+    def _receive(self, path: str, authorization: str, body: bytes) -> Response:
+        """What comes in, and who may send it: a signed address of the storage asks for no token."""
+        if match := re.fullmatch("/storage/([0-9a-f]{64})", path):
+            if hashlib.sha256(body).hexdigest() != match[1]:
+                return _json({"error": "BadDigest"}, 400)
+            self._large[match[1]] = body
+            return _json({})
+        user = self.users.get(authorization.removeprefix("Bearer "))
+        if user is None:
+            message = "Invalid credentials in Authorization header" if authorization else "Invalid username or password"
+            return _json({"error": message}, 401, {"X-Error-Message": message})
+        if path == "/api/validate-yaml":
+            wrong = self.bad_card in json.loads(body)["content"].encode()
+            errors = [{"message": "license: unexpected end of the flow collection"}] if wrong else []
+            return _json({"errors": errors, "warnings": []}, 400 if wrong else 200)
+        asked = [json.loads(line) for line in body.splitlines()]
+        if path == "/api/repos/create":
+            return self._create(asked[0], user)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return _json({"transfer": "basic", "objects": [self._place(**one) for one in asked[0]["objects"]]})
+        match = re.fullmatch("/api/models/(([^/]+)/[^/]+)/(preupload|commit)/main", path)
+        if not match or match[1] not in self.models:
+            return _missing("RepoNotFound")
+        if match[2] != user:
+            return _forbidden()
+        return getattr(self, f"_{match[3]}")(match[1], asked)
+
+    def _create(self, asked: dict, user: str) -> Response:
+        repo = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] != user:
+            return _forbidden()
+        if repo in self.models:
+            url = f"{self.url_for_tokens}/{repo}"
+            return _json({"error": "You already created this model repo", "url": url}, 409)
+        self.models[repo] = {}
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.private.add(repo)
+        return _json({"url": f"{self.url_for_tokens}/{repo}", "name": repo, "id": repo})
+
+    def _preupload(self, repo: str, asked: list[dict]) -> Response:
+        """Say how each file is to come, and which content is there already, as git or the storage names it."""
+        files = []
+        for one in asked[0]["files"]:
+            large = one["path"].endswith((".safetensors", ".h5", ".spm", ".model"))
+            old = self.models[repo].get(one["path"])
+            names = hashlib.sha256(old or b"").hexdigest(), _digest(b"blob %d\0" % len(old or b"") + (old or b""))
+            oid = {} if old is None else {"oid": names[0] if large else names[1]}
+            mode = "lfs" if large else "regular"
+            files.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
+        return _json({"files": files})
+
+    def _place(self, oid: str, size: int) -> dict:
+        upload = {"href": f"{self.url_for_tokens}/storage/{oid}?signature=s3cret"}
+        return {"oid": oid, "size": size, **({} if oid in self._large else {"actions": {"upload": upload}})}
+
+    def _commit(self, repo: str, asked: list[dict]) -> Response:
+        brought = {}
+        for line in asked[1:]:
+            path = line["value"]["path"]
+            small = line["key"] == "file"
+            content = base64.b64decode(line["value"]["content"]) if small else self._large.get(line["value"]["oid"])
+            if content is None:
+                return _json({"error": f"LFS pointer pointed to a file that does not exist: {path}"}, 400)
+            brought[path] = content
+        self.models[repo] |= brought
+        self.commits.append((repo, brought))
+        oid = _digest(repr(self.commits).encode())
+        return _json({"success": True, "commitOid": oid, "commitUrl": f"{self.url_for_tokens}/{repo}/commit/{oid}"})
 
 
 class _Server(ThreadingHTTPServer):
@@ -185,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         owner = self.server.owner
         released = owner._released
-        asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = self._body()
         status, headers, body, fault = owner.respond(self.command, self.path, self.headers, asked)
         if fault == HANG:
             released.wait()
@@ -210,7 +295,17 @@ class _Handler(BaseHTTPRequestHandler):
         if fault != CUT:
             self.wfile.write(body)
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def log_message(self, *args):
         pass
@@ -232,8 +327,14 @@ def _digest(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-def _json(value) -> Response:
-    return Response(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+def _json(value, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
+
+
+def _forbidden() -> Response:
+    """Say what the Hub says to one who may not write there."""
+    message = "You don't have the rights to create a model under this namespace"
+    return _json({"error": message}, 403, {"X-Error-Message": message})
 
 
 def _missing(what: str, commit: str | None = None) -> Response:

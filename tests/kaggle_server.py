@@ -1,4 +1,4 @@
-"""Kaggle on loopback: enough of its API for the real clients, kagglehub and through it KerasHub, to fetch a preset."""
+"""Kaggle on loopback: enough of its API for the real clients, kagglehub and through it KerasHub, to fetch and send."""
 
 import base64
 import errno
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -25,6 +26,10 @@ class KaggleServer(LoopbackServer):
     method, as in "Hello"; faults in the body are only for files. `requests` holds what was asked, likewise, and with
     which Authorization header: first of the API and then, if it gave an address, "storage/" + the file. `checksums` and
     `ranges` say whether the storage sends an MD5 checksum and resumes.
+
+    Users send to models of their own name. `private` says of each model that was made whether it is, `versions_of`
+    holds the files of each version by handle, `licences` the licence that came with the first. The path of a file that
+    is sent is "upload/" + its name, and a fault there that is no status keeps half of what came.
     """
 
     versions = range(1, 6)
@@ -37,6 +42,10 @@ class KaggleServer(LoopbackServer):
         self.requests: list[tuple[str, str | None]] = []
         self.checksums = True
         self.ranges = True
+        self.private: dict[str, bool] = {}
+        self.versions_of: dict[str, list[dict[str, bytes]]] = {}
+        self.licences: dict[str, str | None] = {}
+        self._blobs: list[dict] = []
 
     def respond(self, method: str, url: str, headers, body: bytes) -> Response:
         url = urlsplit(url)
@@ -45,6 +54,8 @@ class KaggleServer(LoopbackServer):
             self.requests.append((url.path[1:], authorization))
             fault = parse_qs(url.query).get("fault", [None])[0]
             return self._stored(self.presets[match[1]] / match[3], headers.get("Range"))._replace(fault=fault)
+        if match := re.fullmatch(r"/upload/(\d+)", url.path):
+            return self._receive(self._blobs[int(match[1])], headers, body)
         match = re.fullmatch(r"(?:/api)?/v1/[\w.]+/(\w+)", url.path)
         if method != "POST" or not match:
             return _error(404)
@@ -68,6 +79,8 @@ class KaggleServer(LoopbackServer):
             return _error(401, "Unauthenticated")
         if called == "Hello":
             return _json({"userName": user}) if user else _error(401, "Unauthenticated")
+        if called in ("GetModel", "CreateModel", "StartBlobUpload") or called.startswith("CreateModelInstance"):
+            return self._write(called, asked, user) if user else _error(401, "Unauthenticated")
         preset = asked.get("instanceSlug")
         if preset not in self.presets:
             return _error(404)
@@ -84,6 +97,50 @@ class KaggleServer(LoopbackServer):
         if called == "DownloadModelInstanceVersion" and (folder / path).is_file():
             return Response(302, {"Location": f"/storage/{preset}/{version}/{path}"}, b"")
         return _error(404)
+
+    def _write(self, called: str, asked: dict, user: str) -> Response:
+        if called == "StartBlobUpload":
+            self._blobs.append({"name": asked["name"], "size": asked["contentLength"], "content": b""})
+            token = str(len(self._blobs) - 1)
+            return _json({"token": f"blob-{token}", "createUrl": f"{self.url}/upload/{token}?signature=s3cret"})
+        model = f"{asked['ownerSlug']}/{asked.get('modelSlug') or asked.get('slug')}"
+        if called == "GetModel" and model in self.private:
+            return _json({"id": 1, "ref": model, "isPrivate": self.private[model]})
+        if asked["ownerSlug"] != user:
+            return _error(403, "Permission 'models.create' was denied")
+        if called == "GetModel":
+            return _error(404)
+        if called == "CreateModel":
+            self.private[model] = asked["isPrivate"]
+            return _json({"id": 1, "ref": model, "url": f"{self.url}/models/{model}"})
+        body, new = asked["body"], called == "CreateModelInstance"
+        framework = (body if new else asked)["framework"].removeprefix("MODEL_FRAMEWORK_").lower()
+        handle = f"{model}/{framework}/{(body if new else asked)['instanceSlug']}"
+        if new and handle in self.versions_of:
+            return _json({"error": "The instance slug is used already.", "errorCode": 409})
+        blobs = [(folder, self._blobs[int(token.removeprefix("blob-"))]) for folder, token in _tokens(body)]
+        if any(len(blob["content"]) != blob["size"] for _, blob in blobs):
+            return _json({"error": "A file has not been uploaded completely.", "errorCode": 400})
+        files = {folder + blob["name"]: blob["content"] for folder, blob in blobs}
+        self.versions_of.setdefault(handle, []).append(files)
+        if new:
+            self.licences[handle] = body.get("licenseName")
+        return _json({"id": 2, "ref": handle, "url": f"{self.url}/models/{handle}"})
+
+    def _receive(self, blob: dict, headers, body: bytes) -> Response:
+        """Take a file, or the rest of one, and say how much of it is here."""
+        what = f"upload/{blob['name']}"
+        self.requests.append((what, headers.get("Authorization")))
+        asked = re.fullmatch(r"bytes (\*|(\d+)-\d+)/\d+", headers.get("Content-Range", "bytes 0-0/1"))
+        fault = self.take_fault(what)
+        if fault and isinstance(fault, int):
+            return Response(fault, {}, b"")
+        if asked[2]:
+            blob["content"] = blob["content"][: int(asked[2])] + body[: len(body) // 2 if fault is not None else None]
+        if fault is None and len(blob["content"]) == blob["size"]:
+            return _json({})
+        reached = {"Range": f"bytes=0-{len(blob['content']) - 1}"} if blob["content"] else {}
+        return Response(308, reached, b"", fault)
 
     def _user(self, authorization: str | None) -> str | None:
         """Say whose credentials these are, if anyone's."""
@@ -164,6 +221,13 @@ def _environment(cache: Path, **variables: str):
         os.environ.update(KAGGLEHUB_CACHE=str(cache), DISABLE_COLAB_CACHE="1", no_proxy=hosts, NO_PROXY=hosts)
         os.environ.update(variables)
         yield
+
+
+def _tokens(body: dict, folder: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the token of each file that was sent, after its folder."""
+    yield from ((folder, file["token"]) for file in body.get("files", ()))
+    for inner in body.get("directories", ()):
+        yield from _tokens(inner, f"{folder}{inner['name']}/")
 
 
 def _json(value, status: int = 200) -> Response:

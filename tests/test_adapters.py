@@ -1,4 +1,7 @@
 import json
+import random
+import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora.lora import lora_layers
+from gemma_lora.adapters import _checksum, _tensors
+from gemma_lora.lora import ALL_LINEAR, lora_layers
 
 
 @pytest.mark.parametrize("targets", ["query_value", "all_linear"])
@@ -48,11 +52,58 @@ def test_saving_again_replaces_and_leaves_no_parts(random_model, tmp_path):
     for seed in (1, 2):
         randomize_adapters(model, seed)
         gl.save_adapter(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
     layer = lora_layers(model)["decoder_block_0/attention/query"]
     assert np.array_equal(
         load_file(tmp_path / "adapter.safetensors")["decoder_block_0/attention/query/b"], layer.lora_kernel_b
     )
+
+
+def test_the_file_holds_losses_and_versions_and_no_path_of_the_machine(tmp_path):
+    gl.load("tiny_gemma_en").save_to_preset(str(tmp_path / "my-base"))
+    model = gl.load(tmp_path / "my-base")
+    train, held_out = gl.load_tiny_world()
+    gl.enable_lora(model)
+    gl.fit(model, train.select(range(40)), validation=held_out.select(range(8)), verbose=0)
+    gl.save_adapter(model, tmp_path / "mine")
+    about = json.loads((tmp_path / "mine/adapter.json").read_text())
+    assert about["base"] == "my-base"
+    assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in (tmp_path / "mine").iterdir())
+    losses = about["run"]["held_out_loss"]
+    assert losses["tuned"] == about["run"]["history"]["val_loss"][-1] < losses["base"]
+    with gl.adapters_off(model):
+        assert gl.evaluate(model, held_out.select(range(8)), answers=False).loss == pytest.approx(losses["base"], 1e-5)
+    assert set(about["versions"]) == {"gemma-lora", "keras", "keras-hub", "jax"}
+
+
+def test_another_adapter_takes_the_place_of_one(random_model, tmp_path):
+    model = random_model("gemma")
+    kinds = {"wide": {"rank": 4, "targets": "all_linear"}, "thin": {"rank": 1, "alpha": 3, "targets": "key"}}
+    outputs = {}
+    for name, options in kinds.items():
+        gl.remove_adapter(model)
+        gl.enable_lora(model, **options)
+        randomize_adapters(model)
+        gl.save_adapter(model, tmp_path / name)
+        outputs[name] = logits(model)
+    for name in ("wide", "thin", "wide"):
+        gl.load_adapter(model, tmp_path / name)
+        assert np.array_equal(logits(model), outputs[name])
+
+
+def test_switching_between_adapters_of_one_shape_compiles_nothing(tiny_lora, tmp_path):
+    for seed in (1, 2):
+        randomize_adapters(tiny_lora, seed)
+        gl.save_adapter(tiny_lora, tmp_path / str(seed))
+    answers = []
+    gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=8)
+    (_, function), *_ = tiny_lora.gemma_lora.samplers.values()
+    (jitted,) = [c.cell_contents for c in function.__closure__ if hasattr(c.cell_contents, "_cache_size")]
+    for seed in (1, 2, 1):
+        gl.load_adapter(tiny_lora, tmp_path / str(seed))
+        answers.append(gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=8))
+    assert jitted._cache_size() == 1
+    assert answers[0] == answers[2] != answers[1]
 
 
 @pytest.fixture
@@ -63,10 +114,57 @@ def saved(random_model, tmp_path):
     return gl.save_adapter(model, tmp_path / "saved")
 
 
+def test_a_base_of_the_same_shapes_with_other_weights_is_refused_unless_forced(random_model, saved):
+    other = random_model("gemma", seed=1)
+    before = logits(other)
+    with pytest.raises(ValueError, match="has other weights"):
+        gl.load_adapter(other, saved)
+    assert np.array_equal(logits(other), before)
+    gl.load_adapter(other, saved, force=True)
+    assert not np.array_equal(logits(other), before)
+    with pytest.raises(ValueError, match=r"does not fit|has other"):
+        gl.load_adapter(random_model("gemma3"), saved, force=True)
+
+
+def test_a_base_has_one_fingerprint_whatever_it_computes_in(tiny_tuned, tmp_path):
+    gl.save_adapter(tiny_tuned, tmp_path)
+    model = gl.load("tiny_gemma_en", dtype="bfloat16")
+    gl.load_adapter(model, tmp_path)
+    assert gl.generate(model, "What is the capital of Slovenia?").startswith("The capital")
+    assert {weight.dtype for weight in model.trainable_weights} == {"float32"}
+
+
+@pytest.mark.parametrize("targets", [None, ["query", "value"], "all_linear"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_of_stock_keras_are_read(random_model, tmp_path, family, targets):
+    theirs, ours, file = random_model(family), random_model(family), tmp_path / "theirs.lora.h5"
+    names = None if targets is None else ALL_LINEAR if targets == "all_linear" else targets
+    theirs.backbone.enable_lora(4, target_layer_names=names)
+    randomize_adapters(theirs)
+    theirs.backbone.save_lora_weights(str(file))
+    gl.load_adapter(ours, file, targets=targets)
+    assert np.array_equal(logits(ours), logits(theirs))
+    other = random_model(family)
+    with pytest.raises(ValueError, match="pass the targets it was made with"):
+        gl.load_adapter(other, file, targets="key")
+    with pytest.raises(ValueError, match=r"does not fit|pass the targets"):
+        gl.load_adapter(gl.load("tiny_gemma_en"), file, targets=targets)
+    assert not lora_layers(other)
+
+
 def change_tensors(folder, change):
+    """Change tensors with the checksum made to fit."""
     tensors = load_file(folder / "adapter.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter.safetensors")
+    change_about(folder)
+
+
+def change_about(folder, **changes):
+    about = json.loads((folder / "adapter.json").read_text()) | changes
+    about.pop("checksum")
+    checksum = _checksum(about, (folder / "adapter.safetensors").read_bytes())
+    (folder / "adapter.json").write_text(json.dumps(about | {"checksum": checksum}))
 
 
 @pytest.mark.parametrize(
@@ -74,10 +172,15 @@ def change_tensors(folder, change):
     [
         (lambda f: change_tensors(f, lambda t: t.pop("decoder_block_0/attention/query/a")), "does not fit"),
         (lambda f: change_tensors(f, lambda t: t.update(spare=np.zeros(1, "float32"))), "does not fit"),
+        (lambda f: change_tensors(f, lambda t: t.update({"../../escaped": np.zeros(1, "float32")})), "does not fit"),
         (lambda f: change_tensors(f, lambda t: [x.fill(np.nan) for x in t.values()]), "no numbers"),
-        (lambda f: (f / "adapter.safetensors").write_bytes(b"cut"), "cannot be read"),
+        (lambda f: (f / "adapter.safetensors").write_bytes(b"cut"), "cut or altered"),
         (lambda f: (f / "adapter.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "adapter.json").write_text('{"format": 9}'), "cannot be read|format 9"),
+        (lambda f: (f / "adapter.json").write_text('{"format": 9}'), "its format is 9"),
+        (lambda f: change_about(f, rank=-1), "no usable rank"),
+        (lambda f: change_about(f, targets=["../query"]), "does not fit"),
+        (lambda f: change_about(f, alpha=-1.0), "no usable rank"),
+        (lambda f: change_about(f, run={"template": {"name": "x"}}), "cannot be read"),
     ],
 )
 def test_a_damaged_adapter_is_refused_and_the_model_left_as_it_was(random_model, saved, damage, message):
@@ -88,6 +191,69 @@ def test_a_damaged_adapter_is_refused_and_the_model_left_as_it_was(random_model,
         gl.load_adapter(model, saved)
     assert np.array_equal(logits(model), base)
     assert not lora_layers(model)
+
+
+def damage_by_chance(folder, draw):
+    """One of many ways in which a folder may reach a friend damaged; returns its name."""
+    tensors, about = folder / "adapter.safetensors", folder / "adapter.json"
+    kind = draw.choice(
+        ["flip tensors", "flip json", "cut tensors", "cut json", "swap", "edit", "name", "empty", "tail"]
+    )
+    if kind.startswith("flip"):
+        path = tensors if "tensors" in kind else about
+        content = bytearray(path.read_bytes())
+        for _ in range(draw.randint(1, 3)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    elif kind.startswith("cut"):
+        path = tensors if "tensors" in kind else about
+        path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+    elif kind in ("swap", "name"):
+        found = load_file(tensors)
+        one, other = draw.sample(sorted(found), 2)
+        if kind == "swap":
+            found[one], found[other] = found[other], found[one]
+        else:
+            found[draw.choice(["../x", "/x", "a/../../x", "", "x" * 5000])] = found.pop(one)
+        save_file(found, tensors)
+    elif kind == "edit":
+        content = json.loads(about.read_text())
+        key = draw.choice(sorted(content))
+        content[key] = draw.choice([None, -1, 0, 3, "../x", [], {}, 1e308, "query", True])
+        about.write_text(json.dumps(content))
+    elif kind == "empty":
+        draw.choice([tensors, about]).write_bytes(b"")
+    else:
+        with draw.choice([tensors, about]).open("ab") as file:
+            file.write(bytes(draw.randrange(1, 256) for _ in range(draw.randint(1, 20))))
+    return kind
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.full)])
+def test_no_damaged_folder_is_loaded_silently_wrong(random_model, saved, tmp_path, count):
+    model, draw, tally = random_model("gemma"), random.Random(count), Counter()
+    right = gl.load_adapter(random_model("gemma"), saved)
+    tensors, base = load_file(saved / "adapter.safetensors"), logits(model)
+    for i in range(count):
+        folder = tmp_path / f"sent/{i}"
+        shutil.copytree(saved, folder)
+        kind, files = damage_by_chance(folder, draw), sorted(folder.iterdir())
+        try:
+            loaded = gl.load_adapter(model, folder)
+        except ValueError as error:
+            assert str(folder) in str(error)
+            assert not lora_layers(model)
+            tally[kind, "refused"] += 1
+        else:  # such as a bit of a blank in the JSON, or an edit to what was there
+            assert loaded == right
+            assert all(np.array_equal(weight, tensors[name]) for name, weight in _tensors(model).items())
+            gl.remove_adapter(model)
+            tally[kind, "harmless"] += 1
+        assert sorted(folder.iterdir()) == files
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "sent"]
+    assert np.array_equal(logits(model), base)
+    print(dict(tally))
+    assert sum(n for (_, outcome), n in tally.items() if outcome == "refused") > 0.9 * count
 
 
 def test_another_base_is_refused(random_model, saved):

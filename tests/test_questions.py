@@ -9,6 +9,7 @@ from notebooks import NOTEBOOKS
 ANSWERED = {
     "1 which Gemma, and why": "03 presets, 03 presets-choice",
     "3 how it was trained": "03 presets-choice",
+    "4 why Keras, and what JAX changes": "10 why-keras, 10 same-logits, 10 same-answers",
     "5 what pretraining leaves, and what room": "03 room",
     "6 which steps open the weights": "01 check-goal, 01 consent, 01 load",
     "7 how credentials stay secret": "01 find, 01 login, 01 secret",
@@ -36,16 +37,15 @@ ANSWERED = {
     "33 how the answers changed": "05 same, 05 after, 05 measure-picture",
     "34 what got worse": "05 worse, 05 failures",
     "35 why answers are cut off": "03 stop, 05 cut",
+    "36 keep, share, merge, deploy": "04 keep, 05 switch, 10 merge, 10 upload, 10 export, 10 serve",
 }
 # Question: what it waits for.
 OPEN = {
     "2 the model's parts": "a notebook on the architecture",
-    "4 why Keras, and what JAX changes": "the same logits in Transformers (export); a paragraph stands in 01",
     "15 my own domain's data": "a notebook on a domain of one's own",
     "25 which learning rate": "a notebook that sweeps",
     "26 rank and targets": "a notebook that sweeps",
-    "27 QLoRA and PEFT": "notebooks on quantized bases and on export",
-    "36 keep, share, merge, deploy": "merging and export; keeping stands in 04",
+    "27 QLoRA and PEFT": "a notebook on quantized bases; the same adapter in PEFT runs in 10, peft-read",
     "37 scaling up": "a notebook on scaling",
     "38 before letting others use it": "a notebook on evaluation and safety",
 }

@@ -1,0 +1,90 @@
+"""Take an adapter off a model, or fold it into the model's kernels for good."""
+
+import keras
+import numpy as np
+
+from gemma_lora.lora import lora_layers
+from gemma_lora.models import state_of
+
+
+def remove_adapter(model) -> None:
+    """Leave the model as it was loaded: without adapters, or with the kernels from before `merge(keep=True)`.
+
+    A model without adapters stays as it is.
+
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> _ = gl.enable_lora(model)
+    >>> remove_adapter(model)
+    >>> model.count_params()
+    1938624
+
+    Raises:
+        ValueError: The adapter was merged, and the kernels from before were not kept.
+    """
+    state = state_of(model)
+    if state.merged == {} and not lora_layers(model):
+        raise ValueError("The adapter was merged without keep=True: load the model again, gl.load(...).")
+    for layer, kernel in (state.merged or {}).values():
+        layer._kernel.assign(kernel)
+    detach(model)
+    if state.merged != {}:
+        state.run = state.merged = state.merged_lora = None
+
+
+def merge(model, *, keep: bool = False) -> None:
+    """Fold the adapters into the kernels, W + (alpha / rank) A B, and remove them: an ordinary model is left.
+
+    The sum is taken in float32 and rounded to the kernel's dtype. `model.save_to_preset(folder)` then saves an ordinary
+    KerasHub preset, and `gl.load(folder)` reads it. The model still knows the template it was tuned with.
+
+    Args:
+        model: A model with adapters. Quantized kernels are a ValueError: they cannot hold the sum.
+        keep: Keep the kernels from before in the host's memory, so that `remove_adapter` can put them back.
+    """
+    state, layers = state_of(model), lora_layers(model)
+    if not layers:
+        raise ValueError("The model has no adapters to merge. Call gl.enable_lora(model) or gl.load_adapter() first.")
+    for path, layer in layers.items():
+        if layer.quantization_mode:
+            raise ValueError(
+                f"{path} is quantized ({layer.quantization_mode}) and cannot hold the sum of kernel and adapter. Load "
+                f"the base unquantized, gl.load({state.preset!r}, dtype='bfloat16'), load the adapter, and merge there."
+            )
+    state.merged_lora = state.lora
+    before = {path: (layer, np.array(layer._kernel.value)) for path, layer in layers.items() if keep}
+    for layer in layers.values():
+        layer._kernel.assign(merged_kernel(layer))
+    detach(model)
+    state.merged = {**before, **(state.merged or {})}
+
+
+def detach(model) -> None:
+    """Take the adapters' weights off the layers, and forget what was compiled with them."""
+    for layer in lora_layers(model).values():
+        for name in ("lora_kernel_a", "lora_kernel_b"):
+            layer._untrack_variable(getattr(layer, name))
+            setattr(layer, name, None)
+        layer.lora_enabled = False
+        if layer.dtype_policy.name == f"mixed_{layer._kernel.dtype}":  # enable_lora changed it
+            layer.dtype_policy = keras.DTypePolicy(layer._kernel.dtype)
+    for variable in model.variables:
+        variable.trainable = "int" not in variable.dtype
+    state = state_of(model)
+    state.lora = state.trainer = None
+    state.samplers.clear()
+    for name in ("generate_function", "train_function", "test_function", "predict_function"):
+        setattr(model, name, None)  # compiled for these variables; another adapter of the same shapes would find it
+
+
+def merged_kernel(layer) -> np.ndarray:
+    """A layer's kernel with its adapter, if it has one: in the kernel's shape and dtype.
+
+    A has the kernel's shape but for the last axis, which is `rank` (a query's is (heads, hidden, rank)); B has shape
+    (rank, last axis).
+    """
+    kernel = np.asarray(layer._kernel.value)
+    if not layer.lora_enabled:
+        return kernel
+    a, b = (np.asarray(x.value, "float32") for x in (layer.lora_kernel_a, layer.lora_kernel_b))
+    return (kernel.astype("float32") + layer.lora_alpha / layer.lora_rank * (a @ b)).astype(kernel.dtype)

@@ -1,0 +1,16 @@
+"""The notebook that reads its exports with Transformers and PEFT, and serves one, where all of these are installed."""
+
+import pytest
+
+pytest.importorskip("peft", reason="needs the extra `peers`")
+pytestmark = pytest.mark.peers
+
+
+def test_with_the_peers_installed_no_cell_passes_over():
+    from notebooks import NOTEBOOKS, execute
+
+    (path,) = (path for path in NOTEBOOKS if path.name.startswith("10_"))
+    outputs = {cell.id: str(cell.get("outputs")) for cell in execute(path).cells}
+    assert not [name for name, text in outputs.items() if "passed over" in text.lower()]
+    assert "of 20 questions" in outputs["peft-read"]
+    assert "curl" in outputs["served"]

@@ -1,0 +1,127 @@
+import json
+
+import numpy as np
+import pytest
+from families import FAMILIES
+from safetensors.numpy import load_file, save_file
+from test_lora import logits, randomize_adapters
+
+import gemma_lora as gl
+from gemma_lora import export
+
+
+def tuned(model, **options):
+    gl.enable_lora(model, **{"rank": 3, "alpha": 6, "targets": "all_linear", **options})
+    randomize_adapters(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keras_hub_reads_what_is_exported(random_model, tmp_path, family):
+    """The readers in torch are in tests/peers; KerasHub's own reader of Transformers' format needs none."""
+    model = tuned(random_model(family))
+    before = logits(model)
+    gl.export_transformers(model, tmp_path, verify=False)
+    assert np.array_equal(logits(model), before)
+    again = gl.load(tmp_path)
+    assert type(again) is type(model)
+    assert np.abs(logits(again) - before).max() < 1e-5
+
+
+def test_large_weights_are_written_in_several_files(random_model, tmp_path, monkeypatch):
+    model = tuned(random_model("gemma2"))
+    monkeypatch.setattr(export, "_SHARD", 40_000)
+    (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"of an older export")
+    result = gl.export_transformers(model, tmp_path, verify=False)
+    files = [name for name in result.files if name.endswith(".safetensors")]
+    assert len(files) > 2
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {file: {*load_file(tmp_path / file)} for file in files} == {
+        file: {name for name, place in index.items() if place == file} for file in files
+    }
+    assert np.abs(logits(gl.load(tmp_path)) - logits(model)).max() < 1e-5
+
+
+def test_weights_keep_their_dtype(random_model, tmp_path):
+    gl.export_transformers(tuned(random_model("gemma", dtype="bfloat16")), tmp_path, verify=False)
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_result_says_what_was_checked(random_model, tmp_path):
+    result = gl.export_transformers(random_model("gemma"), tmp_path, verify=False)
+    assert "Not checked" in result._repr_html_()
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "README.md"} <= {
+        *result.files
+    }
+
+
+def test_what_cannot_be_exported_is_said(random_model, tmp_path):
+    model = random_model("gemma")
+    model.backbone.quantize("int8")
+    with pytest.raises(ValueError, match="quantized"):
+        gl.export_transformers(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_card_says_what_it_is_and_a_page_of_the_users_stays(tiny_tuned, tmp_path):
+    gl.save_adapter(tiny_tuned, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "gl.load('tiny_gemma_en')" in card
+    (tmp_path / "README.md").write_text("mine")
+    gl.save_adapter(tiny_tuned, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "Gemma Terms of Use" not in card
+    tiny_tuned.gemma_lora.preset = "gemma_2b_en"
+    try:
+        assert "Gemma Terms of Use" in gl.model_card(tiny_tuned, kind="transformers")
+    finally:
+        tiny_tuned.gemma_lora.preset = "tiny_gemma_en"
+
+
+@pytest.mark.parametrize("targets", ["query_value", "all_linear", ("key", "attention_output")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_peft_and_back(random_model, tmp_path, family, targets):
+    model = tuned(random_model(family), targets=targets)
+    gl.export_peft(model, tmp_path)
+    fresh = random_model(family)
+    summary = gl.load_adapter(fresh, tmp_path)
+    assert (summary.rank, summary.alpha, summary.targets) == (3, 6.0, model.gemma_lora.lora.targets)
+    assert np.abs(logits(fresh) - logits(model)).max() < 1e-5
+
+
+def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(random_model, tmp_path):
+    """Each head with a factor B of its own: of rank 2 in PEFT, of rank 8 (the size of a head) in KerasHub."""
+    model, numbers = random_model("gemma"), np.random.default_rng(0)
+    gl.export_peft(tuned(model, rank=2, targets="query"), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for name, tensor in tensors.items():
+        shape = (2, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], 2)
+        tensors[name] = numbers.normal(size=shape).astype("float32")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {}, "alpha_pattern": {}}))
+    fresh = random_model("gemma")
+    assert gl.load_adapter(fresh, tmp_path).rank == 8
+    layer = fresh.backbone.transformer_layers[1].attention.query_dense
+    update = layer.lora_alpha / layer.lora_rank * (np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b))
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+    expected = config["lora_alpha"] / 2 * tensors[name.format("B")] @ tensors[name.format("A")]
+    assert np.allclose(export.matrix(layer, update), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "no plain LoRA"),
+        ({"use_dora": True}, "no plain LoRA"),
+        ({"rank_pattern": {}}, "not of rank"),
+    ],
+)
+def test_other_adapters_of_peft_are_refused(random_model, tmp_path, change, message):
+    gl.export_peft(tuned(random_model("gemma")), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        gl.load_adapter(random_model("gemma"), tmp_path)

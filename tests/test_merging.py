@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+from families import FAMILIES
+from test_lora import logits, randomize_adapters
+
+import gemma_lora as gl
+from gemma_lora.lora import lora_layers
+
+
+def tuned(model, **options):
+    gl.enable_lora(model, **{"rank": 3, "alpha": 6, "targets": "all_linear", **options})
+    randomize_adapters(model)
+    return logits(model).astype("float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_computes_the_same_without_adapters(random_model, family, dtype):
+    model = random_model(family, dtype=dtype)
+    paths = {weight.path for weight in model.weights}
+    before = tuned(model)
+    gl.merge(model)
+    assert {weight.path for weight in model.weights} == paths
+    assert not lora_layers(model)
+    rounding = 1e-5 if dtype == "float32" else 0.05
+    assert np.abs(logits(model).astype("float32") - before).max() < rounding * np.abs(before).max()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remove_adapter_leaves_the_model_as_loaded(random_model, dtype, keep):
+    model, fresh = random_model("gemma2", dtype=dtype), random_model("gemma2", dtype=dtype)
+    policies = [layer.dtype_policy.name for layer in fresh._flatten_layers()]
+    tuned(model)
+    if keep:
+        gl.merge(model, keep=True)
+    gl.remove_adapter(model)
+    assert np.array_equal(logits(model), logits(fresh))
+    assert [weight.path for weight in model.weights] == [weight.path for weight in fresh.weights]
+    assert [w.path for w in model.trainable_weights] == [w.path for w in fresh.trainable_weights]
+    assert [layer.dtype_policy.name for layer in model._flatten_layers()] == policies
+    gl.remove_adapter(model)  # nothing to remove is no fault
+    tuned(model, rank=2, targets="query_value")  # and other adapters can follow
+
+
+def test_what_was_compiled_for_one_adapter_is_not_used_for_another(tiny_factory):
+    """These two layers have adapters of the same shapes."""
+    model, fresh = tiny_factory(), tiny_factory()
+    answers = []
+    for targets in ("ffw_gating", "ffw_gating_2"):
+        tuned(model, targets=targets)
+        answers.append(gl.generate(model, "What is a foal?", max_new_tokens=8))
+        gl.remove_adapter(model)
+    tuned(fresh, targets="ffw_gating_2")
+    assert answers[1] == gl.generate(fresh, "What is a foal?", max_new_tokens=8)
+    assert answers[0] != answers[1]
+
+
+def test_kernels_that_were_not_kept_are_gone_and_that_is_said(random_model):
+    model = random_model("gemma")
+    tuned(model)
+    gl.merge(model)
+    with pytest.raises(ValueError, match=r"load the model again, gl\.load"):
+        gl.remove_adapter(model)
+    merged = logits(model)
+    tuned(model)
+    gl.remove_adapter(model)  # of a second adapter: the merged model is its base
+    assert np.array_equal(logits(model), merged)
+
+
+def test_two_merges_that_kept_come_back_to_the_start(random_model):
+    model = random_model("gemma")
+    base = logits(model)
+    for seed in (1, 2):
+        gl.enable_lora(model, targets="all_linear")
+        randomize_adapters(model, seed)
+        gl.merge(model, keep=True)
+    gl.remove_adapter(model)
+    assert np.array_equal(logits(model), base)
+
+
+def test_a_merged_model_is_saved_as_an_ordinary_preset(tiny_tuned, tmp_path):
+    held_out = gl.load_tiny_world()[1].select(range(60))
+    share = gl.evaluate(tiny_tuned, held_out).right
+    gl.save_adapter(tiny_tuned, tmp_path / "adapter")
+    model = gl.load("tiny_gemma_en")
+    gl.load_adapter(model, tmp_path / "adapter")
+    gl.merge(model)
+    assert gl.evaluate(model, held_out).right == share  # with the template of its tuning
+    model.save_to_preset(str(tmp_path / "merged"))
+    assert gl.evaluate(gl.load(tmp_path / "merged"), held_out, answers=True).right == share
+
+
+def test_a_quantized_base_cannot_be_merged_into(random_model):
+    model = random_model("gemma")
+    tuned(model)
+    model.backbone.quantize("int8")
+    with pytest.raises(ValueError, match="quantized"):
+        gl.merge(model)
+
+
+def test_nothing_to_merge(random_model):
+    with pytest.raises(ValueError, match="no adapters to merge"):
+        gl.merge(random_model("gemma"))
