@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,21 @@ from safetensors.numpy import load, save
 
 from gemma_lora import peft_format
 from gemma_lora.cards import base_name, model_card, write_card
-from gemma_lora.lora import ALL_LINEAR, LoraSummary, enable_lora, linear_layers, lora_layers, resolve_targets
+from gemma_lora.lora import (
+    ALL_LINEAR,
+    LoraSummary,
+    enable_lora,
+    kernel_shape,
+    linear_layers,
+    lora_layers,
+    resolve_targets,
+)
 from gemma_lora.merging import detach
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template
 
 FORMAT = 1
+_OLD = ".old"
 _SAMPLED = 256  # values of each kernel in the fingerprint of a base
 
 
@@ -77,7 +87,7 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
         if set(about["targets"]) != set(names):
             raise ValueError(f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with.")
         about["targets"] = names
-    elif (source / "adapter_config.json").is_file():
+    elif (source / "adapter_config.json").is_file() and not (source / "adapter.json").is_file():
         about, tensors = _read(source, lambda: peft_format.read(model, source))
     else:
         about, tensors = _read(source, lambda: _read_own(source))
@@ -101,11 +111,13 @@ def fingerprints(model) -> dict:
 
     The values are rounded to bfloat16, so that a base has one fingerprint in float32 and in bfloat16.
     """
-    kernels = {"token_embedding": model.backbone.token_embedding.embeddings}
-    kernels |= {path: layer._kernel for path, layer in linear_layers(model).items()}
-    sums = {"shapes": hashlib.sha256(), "weights": hashlib.sha256()}
-    for path, kernel in kernels.items():
-        sums["shapes"].update(f"{path} {tuple(kernel.shape)}".encode())
+    layers = linear_layers(model)
+    kernels = {"token_embedding": model.backbone.token_embedding._embeddings}
+    kernels |= {path: layer._kernel for path, layer in layers.items()}
+    shapes = {"token_embedding": (model.backbone.vocabulary_size, model.backbone.hidden_dim)}
+    shapes |= {path: kernel_shape(layer) for path, layer in layers.items()}
+    sums = {"shapes": hashlib.sha256(repr(shapes).encode()), "weights": hashlib.sha256()}
+    for kernel in kernels.values():
         places = np.linspace(0, np.prod(kernel.shape) - 1, _SAMPLED).astype("int64")
         values = np.asarray(kernel.value[np.unravel_index(places, kernel.shape)])
         sums["weights"].update(values.astype(jnp.bfloat16).tobytes())
@@ -130,16 +142,18 @@ def _read(source: Path, read: Callable) -> tuple[dict, dict]:
 
 
 def _read_own(folder: Path) -> tuple[dict, dict]:
+    old = [folder / f"adapter.safetensors{_OLD}"] * (folder / f"adapter.safetensors{_OLD}").is_file()
     for name in ("adapter.json", "adapter.safetensors"):
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and not (old and name == "adapter.safetensors"):
             raise FileNotFoundError(f"The folder {folder} holds no adapter: it has no {name}.")
     about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
     if about["format"] != FORMAT:
         raise ValueError(f"its format is {about['format']!r}, and this version of gemma_lora reads {FORMAT}")
-    tensors = (folder / "adapter.safetensors").read_bytes()
-    if _checksum({name: value for name, value in about.items() if name != "checksum"}, tensors) != about["checksum"]:
-        raise ValueError("it was cut or altered after it was saved (its checksum differs)")
-    return about, load(tensors)
+    checksum = about.pop("checksum")
+    for path in (folder / "adapter.safetensors", *old):  # the old ones: of a process that ended while it replaced them
+        if path.is_file() and _checksum(about, tensors := path.read_bytes()) == checksum:
+            return about, load(tensors)
+    raise ValueError("it was cut or altered after it was saved (its checksum differs)")
 
 
 def _read_keras(model, path: Path) -> tuple[dict, dict]:
@@ -166,7 +180,7 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
         raise ValueError(f"The adapter in {source} has no usable rank and alpha: {rank!r}, {alpha!r}.")
     for path, layer in linear_layers(model).items():
         if layer.name in about["targets"]:
-            shape = tuple(layer._kernel.shape)
+            shape = kernel_shape(layer)
             expected[f"{path}/a"], expected[f"{path}/b"] = (*shape[:-1], rank), (rank, shape[-1])
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]:
@@ -206,13 +220,21 @@ def _tensors(model) -> dict:
 
 
 def _replace(contents: dict[Path, bytes]) -> None:
-    """Write beside the files, then move: a failure half way leaves the old ones."""
+    """Write beside the files, then move; the tensors, first of them, are kept until the JSON is there as well."""
     parts = {path: path.with_name(f"{path.name}.part") for path in contents}
+    tensors, about = contents
+    old = tensors.with_name(tensors.name + _OLD)
     try:
         for path, part in parts.items():
-            part.write_bytes(contents[path])
+            with part.open("wb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+        if tensors.is_file() and about.is_file() and not old.is_file():
+            tensors.replace(old)
         for path, part in parts.items():
             part.replace(path)
+        old.unlink(missing_ok=True)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)

@@ -65,12 +65,17 @@ def model_card(model, *, kind: str = "keras") -> str:
 
 def base_name(model) -> str:
     """The preset that a model was loaded as; of a folder its name alone, as its path says things about a machine."""
-    preset = state_of(model).preset
-    return Path(preset).name if Path(preset).expanduser().is_dir() else preset
+    state = state_of(model)
+    return Path(state.preset).name if state.local else state.preset
 
 
 def write_card(folder: Path, text: str) -> None:
     """Write README.md, but over no page that somebody else wrote."""
+    if not (folder / "README.md").is_file() or is_own_card(folder):
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def is_own_card(folder: Path) -> bool:
+    """Whether a folder has a page that `write_card` wrote."""
     path = folder / "README.md"
-    if not path.is_file() or _MARK in path.read_text(encoding="utf-8", errors="replace"):
-        path.write_text(text, encoding="utf-8")
+    return path.is_file() and _MARK in path.read_text(encoding="utf-8", errors="replace")

@@ -1,16 +1,18 @@
 """A model for other programs: merged in Transformers' format, or the adapter alone in PEFT's; each read back."""
 
 import json
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import numpy as np
 import psutil
 from safetensors.numpy import save_file
 
 from gemma_lora.batches import tokenizer_of
-from gemma_lora.cards import model_card, write_card
+from gemma_lora.cards import is_own_card, model_card, write_card
 from gemma_lora.lora import linear_layers
 from gemma_lora.merging import merged_kernel
 from gemma_lora.sampling import generate, template_of
@@ -59,14 +61,14 @@ def export_transformers(model, folder: str | Path, *, verify: bool | None = None
 
     Raises:
         ValueError: The model is quantized, or of an architecture that Transformers' Gemmas do not have.
+        ValueError: The folder holds a model that is no export of gl's.
         RuntimeError: Transformers read the folder, and came to other logits, tokens or token ids.
     """
     config = transformers_config(model)
-    folder = Path(folder).expanduser()
+    folder, tokenizer = Path(folder).expanduser(), tokenizer_of(model)
+    if (folder / "config.json").is_file() and not is_own_card(folder):
+        raise ValueError(f"{folder} holds a model that gl did not export. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizer_of(model)
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
     _write_weights(model, folder)
     _write_json(folder / "config.json", config)
     ids = {name: config[f"{name}_token_id"] for name in ("pad", "bos")}
@@ -89,6 +91,8 @@ def transformers_config(model) -> dict:
         raise ValueError(f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {kind}")
     if quantized := [path for path, layer in linear_layers(model).items() if layer.quantization_mode]:
         raise ValueError(f"{quantized[0]} is quantized. Load the base in bfloat16 or float32, and export that.")
+    if not getattr(backbone.token_embedding, "tie_weights", True):
+        raise ValueError("The output has weights of its own; Gemmas in Transformers share those of the embedding.")
     norms = [bool(getattr(blocks[0], name, False)) for name in ("use_post_attention_norm", "use_post_ffw_norm")]
     capped = getattr(attention, "logit_soft_cap", None), getattr(backbone, "final_logit_soft_cap", None)
     name = "gemma3_text" if kind == "Gemma3Backbone" else "gemma2" if all(norms) else "gemma"
@@ -185,6 +189,9 @@ def _write_weights(model, folder: Path) -> None:
             shard, size = {}, 0
         shard[name], size = array, size + array.nbytes
     write()
+    for old in folder.iterdir():
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name):
+            old.unlink()
     index = {}
     for i, names in enumerate(shards, 1):
         target = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -240,7 +247,7 @@ def _verified(model, folder: Path, verify: bool | None, size: int) -> tuple[str,
         if verify:
             raise ValueError(f"To verify an export takes {' and '.join(missing)}: pip install {' '.join(missing)}")
         return f"Not checked: {' and '.join(missing)} not installed. Install, and {again}.", None
-    single = model.backbone.token_embedding.embeddings.dtype == "float32"
+    single = model.backbone.token_embedding.compute_dtype == "float32"
     needed, free = size * (1.3 if single else 2.6), psutil.virtual_memory().available
     if verify is None and needed > free:
         return f"Not checked: it takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Elsewhere, {again}.", None
@@ -252,17 +259,21 @@ def _verified(model, folder: Path, verify: bool | None, size: int) -> tuple[str,
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if shown:
-        bars.enable_progress_bar()
+    try:
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     encode, tokenizer, differences = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(model), []
-    answers, end = generate(model, list(_PROMPTS), template=None, max_new_tokens=16), tokenizer.id_of("<eos>")
+    with jax.default_matmul_precision("float32"):  # GPUs and TPUs else round float32 in products
+        answers, end = generate(model, list(_PROMPTS), template=None, max_new_tokens=16), tokenizer.id_of("<eos>")
     for prompt, answer in zip(_PROMPTS, answers, strict=True):
         ids = tokenizer.prompt(None, prompt)
         if encode(prompt)["input_ids"] != ids:
             raise RuntimeError(f"Transformers' tokenizer encodes {prompt!r} otherwise, in {folder}.")
         inputs = np.array([ids])
-        ours = np.asarray(model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})).astype("float32")
+        with jax.default_matmul_precision("float32"):
+            ours = np.asarray(model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})).astype("float32")
         with torch.no_grad():
             theirs = peer(torch.tensor(inputs)).logits.numpy()
             new = peer.generate(torch.tensor(inputs), max_new_tokens=16, do_sample=False, eos_token_id=end)

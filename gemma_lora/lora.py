@@ -71,6 +71,13 @@ def lora_layers(model) -> dict[str, keras.Layer]:
     return {path: layer for path, layer in linear_layers(model).items() if layer.lora_enabled}
 
 
+def kernel_shape(layer) -> tuple[int, ...]:
+    """The shape of a layer's kernel, also where it is packed into four bits a value."""
+    if layer.lora_enabled:
+        return (*layer.lora_kernel_a.shape[:-1], layer.lora_kernel_b.shape[-1])
+    return tuple(getattr(layer, "original_kernel_shape", None) or layer._kernel.shape)
+
+
 def adapter_weights(model) -> list[keras.Variable]:
     """A and B of each layer that has an adapter."""
     return [weight for layer in lora_layers(model).values() for weight in (layer.lora_kernel_a, layer.lora_kernel_b)]
@@ -113,7 +120,10 @@ def enable_lora(
         return old
 
     seed = runtime.default_seed if seed is None else seed
-    base = model.count_params()
+    base, state.trainable = (
+        model.count_params(),
+        [(x, x.trainable) for x in (*model._flatten_layers(), *model.variables)],
+    )
     for index, layer in enumerate(layers.values()):
         if layer.name in names:
             initializer = keras.initializers.HeUniform(seed=(1000 * seed + index) % 2**32)  # each layer its own A

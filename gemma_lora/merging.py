@@ -56,22 +56,22 @@ def merge(model, *, keep: bool = False) -> None:
     for layer in layers.values():
         layer._kernel.assign(merged_kernel(layer))
     detach(model)
-    state.merged = {**before, **(state.merged or {})}
+    state.merged = {**before, **(state.merged or {})} if keep else {}
 
 
 def detach(model) -> None:
     """Take the adapters' weights off the layers, and forget what was compiled with them."""
-    for layer in lora_layers(model).values():
+    state, layers = state_of(model), lora_layers(model)
+    for layer in layers.values():
         for name in ("lora_kernel_a", "lora_kernel_b"):
             layer._untrack_variable(getattr(layer, name))
             setattr(layer, name, None)
         layer.lora_enabled = False
         if layer.dtype_policy.name == f"mixed_{layer._kernel.dtype}":  # enable_lora changed it
             layer.dtype_policy = keras.DTypePolicy(layer._kernel.dtype)
-    for variable in model.variables:
-        variable.trainable = "int" not in variable.dtype
-    state = state_of(model)
-    state.lora = state.trainer = None
+    for part, trainable in state.trainable or [(model, True)] * bool(layers):  # layers first: they set what is below
+        part.trainable = trainable
+    state.lora = state.trainer = state.trainable = None
     state.samplers.clear()
     for name in ("generate_function", "train_function", "test_function", "predict_function"):
         setattr(model, name, None)  # compiled for these variables; another adapter of the same shapes would find it

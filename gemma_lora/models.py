@@ -41,8 +41,10 @@ class State:
 
     preset: str
     settings: Settings
+    local: bool = False  # whether the preset was a folder of this machine
     lora: Any = None  # the summary of enable_lora
     run: dict | None = None  # the record of the last training run
+    trainable: list | None = None  # layers and weights, and whether they trained before the adapters came
     merged: dict | None = None  # after a merge: layers and kernels from before, or nothing if they were not kept
     merged_lora: Any = None  # the summary of what was merged
     tokenizer: Any = None
@@ -94,7 +96,11 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     name = str(preset)
     settings = recommended(name)
     model = from_preset(keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype))
-    model.gemma_lora = State(preset=name, settings=settings)
+    model.gemma_lora = State(preset=name, settings=settings, local=local_folder(preset) is not None)
+    for (
+        block
+    ) in model.backbone.transformer_layers:  # KerasHub forgets it here: Gemma 2 and 3 27B divide by another root
+        block.attention.query_head_dim_normalize = getattr(block, "query_head_dim_normalize", True)
     return_memory()  # loading needs some weights twice for a while
     return model
 

@@ -19,6 +19,8 @@ from gemma_lora.models import state_of
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight")
 _FOREIGN = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters")
+_FOREIGN += ("alora_invocation_tokens", "use_qalora")
+_PLAIN = (None, True, False, "gaussian", "eva", "orthogonal")  # other ways to begin change the base, too
 
 
 def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported:
@@ -70,6 +72,7 @@ def read(model, folder: Path) -> tuple[dict, dict]:
     """An adapter of PEFT as `load_adapter` takes it: what it is, and its tensors in Keras's shapes."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     foreign = [name for name in _FOREIGN if config.get(name)]
+    foreign += ["init_lora_weights"] * (config.get("init_lora_weights") not in _PLAIN)
     if config.get("peft_type") != "LORA" or foreign:
         raise ValueError(f"it is {config.get('peft_type')} with {foreign or 'its own kind of factors'}, no plain LoRA")
     layers = linear_layers(model)
@@ -86,7 +89,8 @@ def read(model, folder: Path) -> tuple[dict, dict]:
     for path, parts in factors.items():
         if set(parts) != {"A", "B"}:
             raise ValueError(f"{path} has only one factor of two")
-        module, rank = NAMES[path.split("/")[-1]], len(parts["A"])
+        block = next(i for i, inside in enumerate(paths) if path in inside)
+        module, rank = f"model.layers.{block}.{NAMES[path.split('/')[-1]]}", len(parts["A"])
         expected, alpha = _of(module, config, "rank_pattern", "r"), _of(module, config, "alpha_pattern", "lora_alpha")
         shapes = parts["A"].shape, parts["B"].shape
         if rank != expected or shapes[1][1] != rank:
@@ -111,7 +115,7 @@ def read(model, folder: Path) -> tuple[dict, dict]:
 
 def _of(module: str, config: dict, pattern: str, key: str):
     """A module's own value by PEFT's patterns of names, or the one for all."""
-    own = (value for name, value in (config.get(pattern) or {}).items() if re.search(rf"(^|\.){name}$", module))
+    own = (value for name, value in (config.get(pattern) or {}).items() if re.fullmatch(rf"(.*\.)?({name})", module))
     return next(own, config[key])
 
 

@@ -146,6 +146,10 @@ def _is_tiny(folder: Path) -> bool:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}. Save or export it again.") from error
     if base := about.get("base") or about.get("base_model_name_or_path"):
+        if Path(base).is_absolute():
+            raise ValueError(
+                f"The base is said to be {base}, a folder of this machine. Give a name when you export it."
+            )
         return Path(base).name == TINY
     return _TINY_VOCABULARY in (about.get("vocab_size"), about.get("config", {}).get("vocabulary_size"))
 

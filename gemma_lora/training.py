@@ -215,7 +215,8 @@ def fit(
         if held_out and "val_loss" in history.history and not trainer.stop_training:
             with adapters_off(model):
                 base = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)["loss"]
-            run["held_out_loss"] = {"base": float(base), "tuned": float(history.history["val_loss"][-1])}
+            if not trainer.stop_training:  # else: Ctrl-C, and the loss of a part
+                run["held_out_loss"] = {"base": float(base), "tuned": float(history.history["val_loss"][-1])}
     history.curve = curve.points
     state.run = run | {
         "template": get_template(settings.template),

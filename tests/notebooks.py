@@ -105,7 +105,8 @@ def save() -> int:
     for path in NOTEBOOKS:
         start = time.monotonic()
         notebook = execute(path)
-        notebook.metadata.pop("language_info", None)
+        for name in ("language_info", "widgets"):
+            notebook.metadata.pop(name, None)
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
         nbformat.write(notebook, path)

@@ -2,6 +2,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,46 @@ def test_the_file_holds_losses_and_versions_and_no_path_of_the_machine(tmp_path)
     with gl.adapters_off(model):
         assert gl.evaluate(model, held_out.select(range(8)), answers=False).loss == pytest.approx(losses["base"], 1e-5)
     assert set(about["versions"]) == {"gemma-lora", "keras", "keras-hub", "jax"}
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_save_that_is_cut_off_leaves_an_adapter(random_model, tmp_path, monkeypatch, step):
+    """The process ends at one of the three renames of a second save: what is there is the old one, or the new."""
+    model = random_model("gemma")
+    gl.enable_lora(model)
+    outputs = []
+    for seed in (1, 2):
+        randomize_adapters(model, seed)
+        outputs.append(logits(model))
+        if seed == 1:
+            gl.save_adapter(model, tmp_path)
+    replace, calls = Path.replace, []
+
+    def cut_off(self, target):
+        calls.append(target)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        gl.save_adapter(model, tmp_path)
+    monkeypatch.undo()
+    fresh = random_model("gemma")
+    gl.load_adapter(fresh, tmp_path)
+    assert np.array_equal(logits(fresh), outputs[0])
+    gl.save_adapter(model, tmp_path)
+    gl.load_adapter(fresh, tmp_path)
+    assert np.array_equal(logits(fresh), outputs[1])
+    assert not [*tmp_path.glob("*.part"), *tmp_path.glob("*.old")]
+
+
+def test_our_own_adapter_comes_before_one_of_peft_in_the_same_folder(tiny_tuned, tiny_factory, tmp_path):
+    gl.save_adapter(tiny_tuned, tmp_path)
+    gl.export_peft(tiny_tuned, tmp_path)
+    model = tiny_factory()
+    gl.load_adapter(model, tmp_path)
+    assert model.gemma_lora.run["rows"] == tiny_tuned.gemma_lora.run["rows"]
 
 
 def test_another_adapter_takes_the_place_of_one(random_model, tmp_path):

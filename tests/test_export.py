@@ -1,5 +1,6 @@
 import json
 
+import families
 import numpy as np
 import pytest
 from families import FAMILIES
@@ -8,6 +9,7 @@ from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
 from gemma_lora import export
+from gemma_lora.merging import merged_kernel
 
 
 def tuned(model, **options):
@@ -46,6 +48,28 @@ def test_weights_keep_their_dtype(random_model, tmp_path):
     gl.export_transformers(tuned(random_model("gemma", dtype="bfloat16")), tmp_path, verify=False)
     assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_folder_with_another_model_is_left_alone(tiny, tmp_path):
+    tiny.save_to_preset(str(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a model that gl did not export"):
+        gl.export_transformers(tiny, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_base_that_divides_by_another_root_is_computed_and_exported_so(random_model, tmp_path, monkeypatch):
+    """Gemma 2 27B: KerasHub's blocks are told, and do not tell their attention."""
+    monkeypatch.setitem(families.SHAPE, "head_dim", 16)
+    model = random_model("gemma2")
+    gl.export_transformers(model, tmp_path / "one", verify=False)
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    assert config["query_pre_attn_scalar"] == 16
+    (tmp_path / "one/config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8}))  # 32 / 4 heads
+    other = gl.load(tmp_path / "one")
+    assert np.abs(logits(other) - logits(model)).max() > 1e-3
+    gl.export_transformers(other, tmp_path / "two", verify=False)
+    assert json.loads((tmp_path / "two/config.json").read_text())["query_pre_attn_scalar"] == 8
 
 
 def test_the_result_says_what_was_checked(random_model, tmp_path):
@@ -117,6 +141,7 @@ def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(ran
         ({"peft_type": "IA3"}, "no plain LoRA"),
         ({"use_dora": True}, "no plain LoRA"),
         ({"rank_pattern": {}}, "not of rank"),
+        ({"init_lora_weights": "pissa"}, "no plain LoRA"),
     ],
 )
 def test_other_adapters_of_peft_are_refused(random_model, tmp_path, change, message):
@@ -125,3 +150,19 @@ def test_other_adapters_of_peft_are_refused(random_model, tmp_path, change, mess
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         gl.load_adapter(random_model("gemma"), tmp_path)
+
+
+def test_peft_scales_modules_by_patterns_of_their_whole_names(random_model, tmp_path):
+    model = tuned(random_model("gemma"), targets="value")
+    gl.export_peft(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    pattern = {"model.layers.0.self_attn.v_proj": 60}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": pattern}))
+    fresh = random_model("gemma")
+    gl.load_adapter(fresh, tmp_path)
+    scales = []
+    for ours, theirs in zip(model.backbone.transformer_layers, fresh.backbone.transformer_layers, strict=True):
+        one, other = (np.asarray(merged_kernel(b.attention.value_dense)) for b in (ours, theirs))
+        kernel = np.asarray(ours.attention.value_dense._kernel)
+        scales.append(np.linalg.norm(other - kernel) / np.linalg.norm(one - kernel))
+    assert scales == pytest.approx([60 / config["alpha_pattern"]["v_proj"], config["lora_alpha"] / 6], rel=1e-3)

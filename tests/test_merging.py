@@ -79,6 +79,26 @@ def test_two_merges_that_kept_come_back_to_the_start(random_model):
     assert np.array_equal(logits(model), base)
 
 
+def test_a_merge_that_kept_nothing_cannot_be_undone_half(random_model):
+    model = random_model("gemma")
+    tuned(model, targets="query_value")
+    gl.merge(model, keep=True)
+    tuned(model, targets="all_linear")
+    gl.merge(model)
+    with pytest.raises(ValueError, match="load the model again"):
+        gl.remove_adapter(model)
+
+
+def test_what_was_frozen_before_the_adapters_is_frozen_after_them(random_model):
+    model = random_model("gemma")
+    model.backbone.quantize("int8")
+    model.backbone.transformer_layers[0].attention.trainable = False
+    before = [(weight.path, weight.trainable) for weight in model.weights]
+    tuned(model)
+    gl.remove_adapter(model)
+    assert [(weight.path, weight.trainable) for weight in model.weights] == before
+
+
 def test_a_merged_model_is_saved_as_an_ordinary_preset(tiny_tuned, tmp_path):
     held_out = gl.load_tiny_world()[1].select(range(60))
     share = gl.evaluate(tiny_tuned, held_out).right
