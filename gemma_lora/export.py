@@ -224,7 +224,7 @@ def chat_template(template: Template) -> str:
     """A template in Jinja, for `apply_chat_template` and servers: a question is asked as it was in training.
 
     >>> from gemma_lora.templates import TEMPLATES
-    >>> print(chat_template(TEMPLATES["recipe"])[-87:])
+    >>> print(chat_template(TEMPLATES["recipe"])[-86:])
     {{ "Instruction:\\n" + message["content"] + "\\n\\nResponse:\\n" }}{% endif %}{% endfor %}
     """
     before, after = (json.dumps(part) for part in template.without_context.split("{instruction}"))

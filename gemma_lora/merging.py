@@ -17,7 +17,7 @@ def remove_adapter(model) -> None:
     >>> _ = gl.enable_lora(model)
     >>> remove_adapter(model)
     >>> model.count_params()
-    1938624
+    1943232
 
     Raises:
         ValueError: The adapter was merged, and the kernels from before were not kept.
