@@ -82,11 +82,12 @@ def test_every_way_out_computes_the_same(family, dtype, tmp_path_factory):
         differences["merge"] = logits(again)
         differences["Transformers"] = theirs(read(folder / "transformers"))
         differences["KerasHub reads it"] = logits(gl.load(folder / "transformers", dtype=dtype))
+        rounding = float(np.abs(theirs(read(base)) - untuned).max())  # what bfloat16 costs the base itself
         tuned = peft.PeftModel.from_pretrained(read(base), folder / "peft")
         differences["PEFT"] = theirs(tuned)
         for path, other in differences.items():
             difference = float(np.abs(other - before).max())
-            allowed = 1e-4 if dtype == "float32" else 0.03 * scale
+            allowed = 1e-4 if dtype == "float32" else 0.03 * scale + rounding
             assert difference <= (0.0 if path == "save and load" else allowed), path
             FOUND[family, dtype, path].append((difference, difference / scale))
 
