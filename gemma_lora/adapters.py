@@ -68,7 +68,7 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
     Args:
         model: The adapter's base.
         source: A folder that `save_adapter` wrote; a folder in PEFT's format; or a `.lora.h5` file of stock Keras.
-        targets: The layers a `.lora.h5` file was made for, which it does not say. None means query and value.
+        targets: The layers it was made for. Only a `.lora.h5` file does not say; there None means query and value.
         force: Take a base of the right shapes whose weights differ from those that the adapter was made for.
 
     Returns:
@@ -80,19 +80,17 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
             it was.
     """
     state, source = state_of(model), Path(source).expanduser()
-    present = sorted({layer.name for layer in linear_layers(model).values()}, key=ALL_LINEAR.index)
-    names = resolve_targets(targets or "query_value", present)
     if source.suffix == ".h5":
         about, tensors = _read(source, lambda: _read_keras(model, source))
-        if set(about["targets"]) != set(names):
-            raise ValueError(f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with.")
-        about["targets"] = names
+        targets = targets or "query_value"
     elif (source / "adapter_config.json").is_file() and not (source / "adapter.json").is_file():
         about, tensors = _read(source, lambda: peft_format.read(model, source))
     else:
         about, tensors = _read(source, lambda: _read_own(source))
+    _check_targets(model, source, about, targets)
     _check_fits(model, source, about, tensors)
-    _check_base(model, source, about, force)
+    if "weights" in about:
+        _check_base(model, source, about, force)
     lora = state.lora
     if lora and (lora.rank, lora.alpha, lora.targets) != (about["rank"], about["alpha"], about["targets"]):
         lora = None
@@ -131,7 +129,7 @@ def _read(source: Path, read: Callable) -> tuple[dict, dict]:
         raise FileNotFoundError(f"There is no {source}.")
     try:
         about, tensors = read()
-        about["targets"] = tuple(about["targets"])
+        about["targets"] = tuple(map(str, about["targets"]))
         if about["run"] is not None:
             about["run"] = about["run"] | {"template": Template(**about["run"]["template"])}
         return about, {name: np.asarray(tensor, "float32") for name, tensor in tensors.items()}
@@ -173,6 +171,17 @@ def _read_keras(model, path: Path) -> tuple[dict, dict]:
     return {"rank": rank, "alpha": float(rank), "targets": found, "seed": None, "run": None}, tensors
 
 
+def _check_targets(model, source: Path, about: dict, targets) -> None:
+    """The layers that it is for are of this model, and those that were asked for; then in the model's own order."""
+    present = sorted({layer.name for layer in linear_layers(model).values()}, key=ALL_LINEAR.index)
+    if not about["targets"] or {*about["targets"]} - {*present}:
+        raise ValueError(f"The adapter in {source} is for layers {about['targets']}; this model has {present}.")
+    names = resolve_targets(targets or about["targets"], present)
+    if set(about["targets"]) != {*names}:
+        raise ValueError(f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with.")
+    about["targets"] = names
+
+
 def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
     """Every tensor where this model has a place for it, of its shape, with numbers in it."""
     rank, alpha, expected = about["rank"], about["alpha"], {}
@@ -196,7 +205,7 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
 
 def _check_base(model, source: Path, about: dict, force: bool) -> None:
     own = fingerprints(model)
-    differs = [name for name in own if name in about and about[name] != own[name]]
+    differs = [name for name in own if about[name] != own[name]]
     if differs and not (force and differs == ["weights"]):
         raise ValueError(
             f"The adapter in {source} was made for {about['base']!r}; this model, {base_name(model)!r}, has other "

@@ -47,12 +47,8 @@ def model_card(model, *, kind: str = "keras") -> str:
         lines += [f"- Held-out loss per token: {measured['base']:.4f} before, {measured['tuned']:.4f} after."]
     lines += ["", "## Use and limits", ""]
     lines += ["Made to learn and to try out. Answers can be wrong, also where they sound sure; check them before use."]
-    lines += [
-        "It answers in the manner of its training records, and was measured on nothing else.",
-        "",
-        "## Licence",
-        "",
-    ]
+    lines += ["It answers in the manner of its training records, and was measured on nothing else."]
+    lines += ["", "## Licence", ""]
     if tiny:
         lines += ["The base is part of gemma_lora, Apache-2.0."]
     else:

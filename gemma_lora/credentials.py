@@ -1,6 +1,5 @@
 """Find, use and store credentials for Kaggle; where they are is said, what they are is never shown."""
 
-import base64
 import getpass
 import json
 import os
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import kagglehub
 import requests
 from kagglehub.config import (
@@ -22,9 +20,9 @@ from kagglehub.config import (
     set_kaggle_credentials,
 )
 
+from gemma_lora.places import NAMES, all_places, check_characters, held_credentials, read_pair, used_place
 from gemma_lora.tables import Table
 
-NAMES = ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
 THREE_WAYS = """\
 Create a token on kaggle.com: your picture > Settings > API > Generate New Token. Then one of
 - in Colab: the key symbol on the left > Add new secret > name KAGGLE_API_TOKEN, value the token, Notebook access on;
@@ -102,73 +100,12 @@ def find_credentials() -> Table:
     """Look where Kaggle's client looks, and say where something was found, never what: a row a place, in its order."""
     refused = share_colab_secrets()
     used, rows = used_place(), []
-    for place, found in _places():
+    for place, found in all_places():
         rows.append({"place": place, "found": "yes" if place == used else _NOT_USED if found else "no"})
     if used and used not in [row["place"] for row in rows]:
         rows.insert(0, {"place": used, "found": "yes"})
     refused = {f"Colab secret {name}": reason for name, reason in refused.items()}
     return Table(rows + [{"place": place, "found": reason} for place, reason in refused.items() if place != used])
-
-
-def used_place() -> str | None:
-    """Where the credentials that Kaggle's client will use were found; None if there are none."""
-    used, problem = _held()
-    if problem:
-        raise ValueError(problem)
-    found = list(_places())
-    if used is None or used.api_key is None:  # its inner client looks again: a token first, and at home last
-        inner = [one for one in found if one[1] and (one[1].api_key or used is None)]
-        place, used = next(iter(inner), (None, used))
-        if place:
-            _check(used, place)
-            return place
-    if used is None:
-        return None
-    place = getattr(used, "gemma_lora_place", None)  # set below, on the credentials that kagglehub then holds
-    place = place or next((place for place, one in found if one == used), "an earlier login")
-    _check(used, place)
-    return place
-
-
-def _held() -> tuple[KaggleApiCredentials | None, str]:
-    """What Kaggle's client uses; and where it fails, why. Its own errors may hold, or lead to, the value."""
-    try:
-        return get_kaggle_credentials(), ""
-    except (OSError, TypeError, ValueError) as error:
-        if type(error) is ValueError:  # a kaggle.json that cannot be read; the message holds its path only
-            return None, f"{error}. Download it again, or delete it."
-        what = "What KAGGLE_API_TOKEN names, or a file in ~/.kaggle (access_token, kaggle.json),"
-        return None, f"{what} is no token and cannot be read ({type(error).__name__}). Create it anew."
-
-
-def hide(text: str) -> str:
-    """Leave out of a text every secret that can be found."""
-    for secret in secrets():
-        text = text.replace(secret, "(hidden)")
-    return text
-
-
-def secrets() -> list[str]:
-    """All that must never be shown: every token and key that can be found, longest first."""
-    try:
-        pairs = [_held()[0], *(found for _, found in _places())]
-        hub = huggingface_hub.get_token()
-    except (OSError, ValueError):
-        pairs, hub = [_held()[0]], None
-    found = [value for one in pairs if one for value in (one.api_key, one.key)]
-    found += [base64.b64encode(f"{one.username}:{one.key}".encode()).decode() for one in pairs if one and one.key]
-    found += [hub, *map(os.environ.get, ("KAGGLE_API_TOKEN", "KAGGLE_KEY", "HF_TOKEN"))]
-    return sorted({value for value in found if isinstance(value, str) and len(value) > 3}, key=len, reverse=True)
-
-
-def check_hub_token() -> None:
-    """Raise a ValueError, without the value, if the Hub's token is one that no header can carry."""
-    try:
-        token = huggingface_hub.get_token()
-    except (OSError, ValueError):
-        token = "\0"
-    if token:
-        _check(KaggleApiCredentials(api_key=token), "HF_TOKEN, or the Hub's file of it,")
 
 
 def whose() -> str | None:
@@ -187,8 +124,8 @@ def share_colab_secrets() -> dict[str, str]:
     """
     if "COLAB_RELEASE_TAG" not in os.environ:
         return {}
-    if any(found for _, found in _places()):  # they come first, also where the secrets were used before
-        if getattr(_held()[0], "gemma_lora_place", "").startswith("Colab"):
+    if any(found for _, found in all_places()):  # they come first, also where the secrets were used before
+        if getattr(held_credentials()[0], "gemma_lora_place", "").startswith("Colab"):
             clear_kaggle_credentials()
         return {}
     try:
@@ -211,7 +148,7 @@ def share_colab_secrets() -> dict[str, str]:
     if not token and not (username and key):
         return refused
     secret = KaggleApiCredentials(api_key=token) if token else KaggleApiCredentials(username=username, key=key)
-    held, _ = _held()
+    held, _ = held_credentials()
     if held in (None, secret) or getattr(held, "gemma_lora_place", "").startswith("Colab"):  # else: a login came first
         _use(secret, "Colab secret KAGGLE_API_TOKEN" if token else "Colab secrets KAGGLE_USERNAME and KAGGLE_KEY")
     return refused
@@ -237,66 +174,20 @@ def timeouts(connect: float = 5, read: float = 20) -> Iterator[None]:
 _ONE_AT_A_TIME = threading.RLock()
 
 
-def _places() -> Iterator[tuple[str, KaggleApiCredentials | None]]:
-    """Yield each place that Kaggle's client reads, in its order, and what stands there."""
-
-    def from_file(path: Path) -> KaggleApiCredentials | None:
-        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-        return KaggleApiCredentials(api_key=text) if text else None
-
-    if {"KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL"} <= os.environ.keys():
-        yield "Kaggle's own notebook", from_file(Path(os.environ.get("KAGGLE_API_V1_TOKEN", "")))
-    token, username, key = map(os.environ.get, NAMES)
-    home = Path.home() / ".kaggle"
-    if token and os.path.exists(token):  # noqa: PTH110 (unlike Path, it takes a name of any length)
-        yield "environment: KAGGLE_API_TOKEN", from_file(Path(token))
-    else:
-        yield "environment: KAGGLE_API_TOKEN", KaggleApiCredentials(api_key=token) if token else None
-    yield "file: ~/.kaggle/access_token", from_file(home / "access_token") or from_file(home / "access_token.txt")
-    pair = KaggleApiCredentials(username=username, key=key) if username and key else None
-    yield "environment: KAGGLE_USERNAME and KAGGLE_KEY", pair
-    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or home)
-    for name, where in {"kaggle.json": folder, "~/.kaggle/kaggle.json": home}.items():
-        if name == "kaggle.json" or where != folder:
-            text = from_file(where / "kaggle.json")
-            yield f"file: {name}", _pair(text.api_key) if text else None  # used_place() says if it cannot be read
-
-
-def _pair(text: str) -> KaggleApiCredentials | None:
-    """Read what stands in a kaggle.json; None if it is none."""
-    try:
-        pair = json.loads(text)
-        return KaggleApiCredentials(username=pair["username"], key=pair["key"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
 def _from_text(text: str) -> KaggleApiCredentials:
     """Read a token, or what stands in a kaggle.json, which people paste too."""
     if not text.lstrip().startswith("{"):
         return KaggleApiCredentials(api_key=text.strip())
-    if (pair := _pair(text)) is None:
+    if (pair := read_pair(text)) is None:
         raise ValueError("That begins like a kaggle.json, but holds no username and key.")
     return pair
 
 
-def _check(given: KaggleApiCredentials, place: str) -> None:
-    """Raise a ValueError, without the value, for what no header can carry: its own error would show the value."""
-    values = {"token": given.api_key} if given.api_key is not None else {"user name": given.username, "key": given.key}
-    for what, value in values.items():
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"The {what} in {place} is empty, or no text. Received: {type(value).__name__}")
-        bad = next((char for char in value if not "!" <= char <= "~"), None)
-        if bad:
-            kind = "a space or line break" if bad.isspace() else "a character outside ASCII, or a control character"
-            raise ValueError(f"The {what} in {place} holds {kind}; none has. Copy it again.")
-
-
 def _use(given: KaggleApiCredentials, place: str) -> None:
     """Hand credentials to kagglehub, which KerasHub asks; in memory, not in the environment that others can list."""
-    _check(given, place)
+    check_characters(given, place)
     if given.api_key is None:
-        hidden = [name for name, found in _places() if found and found.api_key]
+        hidden = [name for name, found in all_places() if found and found.api_key]
         if hidden:
             raise ValueError(
                 f"Kaggle's client prefers a token to a user name and key, and there is one in {hidden[0]}. Remove it, "

@@ -10,10 +10,10 @@ import jax
 import keras
 import keras_hub
 
-from gemma_lora.access import Source
 from gemma_lora.lora import ALL_LINEAR, enable_lora, factored
 from gemma_lora.loss import CHUNK, TokenTrainer, optimizer_for
 from gemma_lora.models import TINY, local_folder, recommended
+from gemma_lora.sources import Source
 
 
 def _geometry(layers: int, query: int, key_value: int, hidden: int, intermediate: int, head: int, **more) -> dict:

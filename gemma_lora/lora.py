@@ -120,10 +120,8 @@ def enable_lora(
         return old
 
     seed = runtime.default_seed if seed is None else seed
-    base, state.trainable = (
-        model.count_params(),
-        [(x, x.trainable) for x in (*model._flatten_layers(), *model.variables)],
-    )
+    base = model.count_params()
+    state.trainable = [(part, part.trainable) for part in (*model._flatten_layers(), *model.variables)]
     for index, layer in enumerate(layers.values()):
         if layer.name in names:
             initializer = keras.initializers.HeUniform(seed=(1000 * seed + index) % 2**32)  # each layer its own A

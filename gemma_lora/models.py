@@ -97,9 +97,7 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     settings = recommended(name)
     model = from_preset(keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype))
     model.gemma_lora = State(preset=name, settings=settings, local=local_folder(preset) is not None)
-    for (
-        block
-    ) in model.backbone.transformer_layers:  # KerasHub forgets it here: Gemma 2 and 3 27B divide by another root
+    for block in model.backbone.transformer_layers:  # what KerasHub forgets: Gemma 2 and 3 27B divide by another root
         block.attention.query_head_dim_normalize = getattr(block, "query_head_dim_normalize", True)
     return_memory()  # loading needs some weights twice for a while
     return model

@@ -13,9 +13,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from gemma_lora.cards import model_card, write_card
-from gemma_lora.export import NAMES, Exported
-from gemma_lora.lora import linear_layers, lora_layers
+from gemma_lora.export import Exported, sizes
+from gemma_lora.lora import kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import state_of
+from gemma_lora.transformers_format import NAMES, write_json
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight")
 _FOREIGN = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters")
@@ -62,10 +63,9 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "adapter_config.json", config)
     write_card(folder, model_card(model, kind="peft"))
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    return Exported(folder, files, "To check: peft.PeftModel.from_pretrained(base, folder)")
+    return Exported(folder, sizes(folder), "To check: peft.PeftModel.from_pretrained(base, folder)")
 
 
 def read(model, folder: Path) -> tuple[dict, dict]:
@@ -103,7 +103,7 @@ def read(model, folder: Path) -> tuple[dict, dict]:
     tensors = {}
     for path, layer in layers.items():
         if layer.name in targets:
-            shape = layer._kernel.shape
+            shape = kernel_shape(layer)
             a, b = found.get(path, (np.zeros((*shape[:-1], 1)), np.zeros((1, shape[-1]))))
             more = rank - len(b)
             tensors[f"{path}/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
@@ -121,7 +121,7 @@ def _of(module: str, config: dict, pattern: str, key: str):
 
 def _in_keras_shapes(layer, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # noqa: N803
     """Factors of PEFT, (rank, inputs) and (outputs, rank), in the shapes of a layer's `lora_kernel_a` and `_b`."""
-    *outer, last = layer._kernel.shape
+    *outer, last = kernel_shape(layer)
     if len(outer) < 2 or layer.name == "attention_output":
         return A.T.reshape(*outer, -1), B.T
     heads = outer[0]

@@ -3,19 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import jax
-import keras
 import keras_hub
 import numpy as np
 from keras import ops
 from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
-from gemma_lora.batches import tokenizer_of
 from gemma_lora.lora import factored, overridden
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template, get_template
+from gemma_lora.tokenizer import tokenizer_of
 
 _SAMPLERS = {
     "greedy": lambda: keras_hub.samplers.GreedySampler(),
@@ -50,7 +48,7 @@ def generate(
         seed: The same seed and prompts give the same answers. None means the seed of `gl.setup`.
     """
     one = isinstance(prompts, str | Mapping)
-    encoded, ends, new_tokens = _encoded(model, [prompts] if one else prompts, template, max_new_tokens)
+    encoded, ends, new_tokens = encoded_prompts(model, [prompts] if one else prompts, template, max_new_tokens)
     tokenizer = tokenizer_of(model)
     answers, sizes = [""] * len(encoded), [len(ids) for ids in encoded]
     by_length = sorted(range(len(encoded)), key=sizes.__getitem__)
@@ -58,8 +56,8 @@ def generate(
     with _compiled(model, sampler, runtime.default_seed if seed is None else seed) as function:
         for start in range(0, len(by_length), rows):
             batch = by_length[start : start + rows]
-            length = _length(sizes[batch[-1]] + new_tokens, max(sizes) + new_tokens)
-            inputs = _padded([encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id)
+            length = padded_length(sizes[batch[-1]] + new_tokens, max(sizes) + new_tokens)
+            inputs = padded([encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id)
             inputs["limit"] = np.int32(sizes[batch[-1]] + new_tokens)
             with explained_out_of_memory(model, answering=True, prompts=len(batch), sequence_length=length):
                 output = np.asarray(function(inputs, stop_token_ids=ends)["token_ids"])
@@ -70,54 +68,13 @@ def generate(
     return answers[0] if one else answers
 
 
-def stream(
-    model,
-    prompt: str | Mapping,
-    *,
-    sampler: str | Sampler = "greedy",
-    template: str | Template | None = "auto",
-    max_new_tokens: int | None = None,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Answer one prompt, and yield the text piece by piece as its tokens come: together, what `generate` answers.
-
-    >>> import gemma_lora as gl
-    >>> model = gl.load("tiny_gemma_en")
-    >>> pieces = [*stream(model, "The capital of France is", template=None)]
-    >>> "".join(pieces) == gl.generate(model, "The capital of France is", template=None)
-    True
-
-    The arguments are those of `generate`. A sampler that keeps several answers at a time, as "beam" does, is a
-    ValueError: none of them is certain before the end.
-    """
-    encoded, ends, new_tokens = _encoded(model, [prompt], template, max_new_tokens)
-    tokenizer, size, ids, said = tokenizer_of(model), len(encoded[0]), [], ""
-    begin, proceed, draws = _halves(model, sampler, runtime.default_seed if seed is None else seed)
-    inputs = _padded(encoded, 1, _length(size + new_tokens, size + new_tokens), tokenizer.pad_id)
-    weights = [variable.value for variable in _weights(model)]
-    with explained_out_of_memory(model, answering=True, prompts=1, sequence_length=size + new_tokens):
-        cache = begin(weights, inputs)
-    for index in range(size, size + new_tokens):
-        token, cache, draws = proceed(weights, draws, inputs, cache, index)
-        if int(token) in ends:
-            return
-        inputs["token_ids"][0, index] = token
-        ids.append(int(token))
-        text = tokenizer.decode(ids).strip()
-        if len(text) > len(said) and not text.endswith("\ufffd"):  # else: some bytes of a character, not yet all
-            yield text[len(said) :]
-            said = text
-    if len(text) > len(said):
-        yield text[len(said) :]
-
-
 def template_of(model) -> str | Template:
     """The template of the model's training run, or the one recommended for it."""
     state = state_of(model)
     return state.run["template"] if state.run else state.settings.template
 
 
-def _encoded(model, prompts, template, max_new_tokens) -> tuple[list[list[int]], tuple[int, ...], int]:
+def encoded_prompts(model, prompts, template, max_new_tokens) -> tuple[list[list[int]], tuple[int, ...], int]:
     """Token ids of each prompt, ids that end an answer, and the most tokens of an answer."""
     tokenizer, state = tokenizer_of(model), state_of(model)
     new_tokens = state.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -148,14 +105,14 @@ def _rows(sizes: list[int]) -> int:
     return min(_BATCHES, key=cost)
 
 
-def _length(own: int, longest: int) -> int:
+def padded_length(own: int, longest: int) -> int:
     """Tokens to pad a batch to: the longest's, or a fourth, a sixteenth of it, so that few shapes are compiled."""
     while own * 4 <= longest:
         longest //= 4
     return -(-longest // _SHAPE_STEP) * _SHAPE_STEP
 
 
-def _padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+def padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
     """Inputs for a batch, filled up with its last prompt to a power of two rows."""
     rows = 1 << (rows - 1).bit_length()
     token_ids, mask = np.full((rows, length), pad_id, "int32"), np.zeros((rows, length), bool)
@@ -168,7 +125,7 @@ def _padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> di
 @contextmanager
 def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
     """Give the model a sampler for a while; what was compiled for an equal sampler before is used again."""
-    sampler, key = _sampler(sampler)
+    sampler, key = named_sampler(sampler)
     if isinstance(sampler, keras_hub.samplers.BeamSampler) and isinstance(model, keras_hub.models.Gemma3CausalLM):
         raise ValueError("KerasHub has no beam search with Gemma 3. Take sampler='greedy', 'top_k' or 'top_p'.")
     compiled = state_of(model).samplers
@@ -203,7 +160,7 @@ def _generate_step(model, inputs, stop_token_ids):
         return type(model).generate_step(model, inputs, stop_token_ids)
 
 
-def _sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
+def named_sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
     """A sampler, and what tells it from others but for the seed."""
     if isinstance(sampler, str):
         if sampler not in _SAMPLERS:
@@ -212,43 +169,3 @@ def _sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
     options = {name: value for name, value in sampler.get_config().items() if name != "seed"}
     known = type(sampler).__module__.startswith("keras_hub.")  # of others, the config may not tell all
     return sampler, (type(sampler), repr(options) if known else id(sampler))
-
-
-def _weights(model) -> list:
-    return [*model.trainable_variables, *model.non_trainable_variables]
-
-
-def _halves(model, sampler: str | Sampler, seed: int) -> tuple[Callable, Callable, list]:
-    """KerasHub's `generate_step` in halves, the pass over the prompt and one token, and the sampler's seed.
-
-    Each half runs the whole step with a sampler that takes out what it needs; the compiler drops the rest.
-    """
-    sampler, key = _sampler(sampler)
-    if type(sampler).__call__ is not Sampler.__call__:
-        raise ValueError(f"{type(sampler).__name__} keeps several answers at a time: none can be streamed.")
-    begin, proceed, sampler = state_of(model).samplers.get(("stream", key), (None, None, sampler))
-
-    def step(weights, draws, inputs, take: Callable):
-        taken, before = [], model.sampler
-        mapping = zip([*_weights(model), *sampler.variables], [*weights, *draws], strict=False)
-        with keras.StatelessScope(state_mapping=mapping) as scope, factored(model):
-            try:
-                model.sampler = lambda next, prompt, cache, **_: taken.append(take(next, prompt, cache)) or prompt  # noqa: A006
-                model.generate_step(inputs, stop_token_ids=None)
-            finally:
-                model.sampler = before
-            return taken[0], [scope.get_current_value(variable) for variable in sampler.variables]
-
-    def one_token(weights, draws, inputs, cache, index):
-        def take(next, prompt, _):  # noqa: A002
-            logits, _, new = next(prompt, cache, index)
-            return sampler.get_next_token(sampler.compute_probabilities(logits))[0], new
-
-        (token, new), draws = step(weights, draws, inputs, take)
-        return token, new, draws
-
-    if begin is None:
-        begin = jax.jit(lambda weights, inputs: step(weights, [], inputs, lambda next, prompt, cache: cache)[0])  # noqa: A006
-        proceed = jax.jit(one_token, donate_argnums=3)
-        state_of(model).samplers["stream", key] = begin, proceed, sampler
-    return begin, proceed, [np.array([seed % 2**32, 0], "uint32") for _ in sampler.variables]

@@ -1,6 +1,5 @@
 """Train the adapters: one epoch or many, validation, and a record of what was run."""
 
-import collections
 import hashlib
 import textwrap
 import time
@@ -20,77 +19,8 @@ from gemma_lora.lora import adapter_weights, adapters_off
 from gemma_lora.loss import optimizer_for, stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import recommended, state_of
-from gemma_lora.progress import Progress
+from gemma_lora.progress import LossCurve, Progress
 from gemma_lora.templates import get_template
-
-
-class LossCurve(keras.callbacks.Callback):
-    """Collect the training loss of each twentieth of an epoch, per token that counts; stop where it is not a number.
-
-    Keras logs the mean since the epoch began; the difference of two such sums is the loss in between.
-    """
-
-    def __init__(self, batches: Batches):
-        super().__init__()
-        self.points, self._means, self._batches = [], {}, batches
-        self._step, self._recent = 0, collections.deque()
-        self.latest: float | None = None  # the epoch's mean, some steps ago
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self._batches.epoch != epoch:
-            self._batches.start(epoch)
-        if not self._batches.first:
-            self._means = {}
-        self._step, self._epoch, self.latest = self._batches.first, epoch, None
-        self._recent.clear()
-        self._tokens = np.cumsum(self._batches.tokens())
-
-    def after_step(self, logs: dict) -> None:
-        """Take the loss of a step, without waiting for it."""
-        step, steps, self._step = self._step, len(self._tokens), self._step + 1
-        if (step + 1) * 20 // steps > step * 20 // steps:
-            self._means[step] = logs["loss"]  # still on the device
-        self._recent.append((step, logs["loss"]))
-        if len(self._recent) >= 16:
-            self._look(8)  # those have been computed by now, so nobody waits
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._look(len(self._recent))
-        self.points = self.so_far()
-
-    def so_far(self) -> list[tuple[float, float]]:
-        """The points, those of the epoch at hand included."""
-        return [*(point for point in self.points if point[0] <= self._epoch), *self._measured(self._epoch)]
-
-    def state(self, epoch: int, step: int) -> list:
-        """What `restore` takes to go on at a step of an epoch, in JSON's types."""
-        done = [point for point in self.points if point[0] <= epoch]
-        return [done, {at: float(mean) for at, mean in self._means.items() if at < step}]
-
-    def restore(self, state: list) -> None:
-        """Go on from a `state` of another process."""
-        self.points, means = [tuple(point) for point in state[0]], state[1]
-        self._means = {int(step): mean for step, mean in means.items()}
-
-    def _measured(self, epoch: int) -> Iterator[tuple[float, float]]:
-        old_total = old_tokens = 0.0
-        for step, mean in sorted(self._means.items()):
-            tokens = float(self._tokens[step])
-            total = float(mean) * tokens
-            loss = (total - old_total) / max(tokens - old_tokens, 1.0)
-            yield epoch + (step + 1) / len(self._tokens), loss
-            old_total, old_tokens = total, tokens
-
-    def _look(self, count: int) -> None:
-        for step, mean in [self._recent.popleft() for _ in range(count)]:
-            self.latest = float(mean)
-            if not np.isfinite(self.latest):
-                rows = ", ".join(map(str, self._batches.rows(step)[:8]))
-                raise FloatingPointError(
-                    f"The loss is {self.latest} since step {step + 1} of epoch {self._batches.epoch + 1}, "
-                    f"on the records {rows}. The adapters are as they were before this call. Try a lower "
-                    "learning_rate; if that does not help, dtype='float32', and look at these records."
-                )
 
 
 def fit(
@@ -213,10 +143,13 @@ def fit(
                 history.history[name] = history.history.get(name, [])[: len(history.epoch) - len(values)] + values
             epoch, step = last, 0
         if held_out and "val_loss" in history.history and not trainer.stop_training:
+            tuned = history.history["val_loss"][-1]
+            if callbacks:  # one may have put back the weights of an earlier epoch
+                tuned = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)["loss"]
             with adapters_off(model):
                 base = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)["loss"]
             if not trainer.stop_training:  # else: Ctrl-C, and the loss of a part
-                run["held_out_loss"] = {"base": float(base), "tuned": float(history.history["val_loss"][-1])}
+                run["held_out_loss"] = {"base": float(base), "tuned": float(tuned)}
     history.curve = curve.points
     state.run = run | {
         "template": get_template(settings.template),

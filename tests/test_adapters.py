@@ -219,7 +219,11 @@ def change_about(folder, **changes):
         (lambda f: (f / "adapter.json").write_text("{"), "cannot be read"),
         (lambda f: (f / "adapter.json").write_text('{"format": 9}'), "its format is 9"),
         (lambda f: change_about(f, rank=-1), "no usable rank"),
-        (lambda f: change_about(f, targets=["../query"]), "does not fit"),
+        (lambda f: change_about(f, targets=["../query"]), "is for layers"),
+        (lambda f: change_about(f, targets=["query", "value", "nonsense"]), "is for layers"),
+        (lambda f: change_about(f, targets=[["query"]]), "is for layers"),
+        (lambda f: change_about(f, targets=[]), "is for layers"),
+        (lambda f: change_about(f, targets=["query"]), "does not fit"),
         (lambda f: change_about(f, alpha=-1.0), "no usable rank"),
         (lambda f: change_about(f, run={"template": {"name": "x"}}), "cannot be read"),
     ],
@@ -232,6 +236,13 @@ def test_a_damaged_adapter_is_refused_and_the_model_left_as_it_was(random_model,
         gl.load_adapter(model, saved)
     assert np.array_equal(logits(model), base)
     assert not lora_layers(model)
+    summary = gl.enable_lora(model, rank=2, targets=["key"])
+    randomize_adapters(model, seed=3)
+    tuned = logits(model)
+    with pytest.raises(ValueError, match=message):
+        gl.load_adapter(model, saved)
+    assert np.array_equal(logits(model), tuned)
+    assert gl.enable_lora(model, rank=2, targets=["key"]) == summary
 
 
 def damage_by_chance(folder, draw):
@@ -295,6 +306,30 @@ def test_no_damaged_folder_is_loaded_silently_wrong(random_model, saved, tmp_pat
     assert np.array_equal(logits(model), base)
     print(dict(tally))
     assert sum(n for (_, outcome), n in tally.items() if outcome == "refused") > 0.9 * count
+
+
+def test_targets_in_another_order_are_the_same_and_other_targets_are_refused(random_model, saved):
+    model = random_model("gemma")
+    with pytest.raises(ValueError, match="pass the targets it was made with"):
+        gl.load_adapter(model, saved, targets="all_linear")
+    about = json.loads((saved / "adapter.json").read_text())
+    change_about(saved, targets=about["targets"][::-1])
+    assert gl.load_adapter(model, saved, targets=about["targets"]).targets == tuple(about["targets"])
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_adapters_of_quantized_bases(random_model, tmp_path, mode):
+    model, fresh = random_model("gemma"), random_model("gemma")
+    for one in (model, fresh):
+        one.backbone.quantize(mode)
+    gl.enable_lora(model, rank=2, targets="all_linear")
+    randomize_adapters(model)
+    gl.save_adapter(model, tmp_path / "own")
+    gl.load_adapter(fresh, tmp_path / "own")
+    assert np.array_equal(logits(fresh), logits(model))
+    gl.export_peft(model, tmp_path / "peft")
+    gl.load_adapter(fresh, tmp_path / "peft")
+    assert np.abs(logits(fresh) - logits(model)).max() < 1e-3 * np.abs(logits(model)).max()
 
 
 def test_another_base_is_refused(random_model, saved):

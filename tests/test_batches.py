@@ -3,17 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_lora.batches import (
-    Batches,
-    Encoded,
-    Example,
-    encode,
-    load_tokenizer,
-    shift_for_next_token,
-    show_tokens,
-    tokenizer_of,
-)
+from gemma_lora.batches import Batches, Encoded, Example, encode, shift_for_next_token, show_tokens
 from gemma_lora.templates import text_pieces
+from gemma_lora.tokenizer import load_tokenizer, tokenizer_of
 
 RECORDS = [
     {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},
@@ -153,23 +145,6 @@ def test_padding_weighs_nothing(tiny):
     features, _, weights = Batches(encode(tiny, RECORDS), batch_size=4)[0]
     assert (weights[features["padding_mask"] == 0] == 0).all()
     assert weights.sum() == sum(sum(example.weights) for example in encode(tiny, RECORDS).examples)
-
-
-def test_a_model_without_tokenizer_is_refused(random_model):
-    model = random_model("gemma")
-    model.preprocessor = None
-    with pytest.raises(ValueError, match="no SentencePiece tokenizer"):
-        encode(model, RECORDS)
-
-
-def test_a_tokenizer_loads_without_weights_and_encodes_like_the_model(tiny):
-    tokenizer = load_tokenizer("tiny_gemma_en")
-    assert len(tokenizer) == tiny.backbone.vocabulary_size
-    assert encode(tokenizer, RECORDS).examples == encode(tiny, RECORDS).examples
-    ids = tokenizer.encode(["a\n\nb ü"])
-    assert "".join(tokenizer.tokens(ids)) == "a⏎⏎b▁<0xC3><0xBC>"
-    with pytest.raises(ValueError, match="No preset or folder"):
-        load_tokenizer("tiny_gema_en")
 
 
 def test_shown_tokens_are_those_that_training_learns(tiny):

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora import export
+from gemma_lora import transformers_format
 from gemma_lora.merging import merged_kernel
 
 
@@ -32,7 +32,7 @@ def test_keras_hub_reads_what_is_exported(random_model, tmp_path, family):
 
 def test_large_weights_are_written_in_several_files(random_model, tmp_path, monkeypatch):
     model = tuned(random_model("gemma2"))
-    monkeypatch.setattr(export, "_SHARD", 40_000)
+    monkeypatch.setattr(transformers_format, "_SHARD", 40_000)
     (tmp_path / "model-00009-of-00009.safetensors").write_bytes(b"of an older export")
     result = gl.export_transformers(model, tmp_path, verify=False)
     files = [name for name in result.files if name.endswith(".safetensors")]
@@ -132,7 +132,7 @@ def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(ran
     update = layer.lora_alpha / layer.lora_rank * (np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b))
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
     expected = config["lora_alpha"] / 2 * tensors[name.format("B")] @ tensors[name.format("A")]
-    assert np.allclose(export.matrix(layer, update), expected, atol=1e-5)
+    assert np.allclose(transformers_format.matrix(layer, update), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from families import FAMILIES
 
 import gemma_lora as gl
 from gemma_lora import sampling
-from gemma_lora.batches import tokenizer_of
+from gemma_lora.tokenizer import tokenizer_of
 
 QUESTION = "What is the capital of France?"
 
@@ -66,7 +66,7 @@ def test_every_family_answers_as_keras_hub_does(random_model, family, sampler):
 
 
 def test_no_token_is_computed_beyond_the_limit(tiny):
-    inputs = sampling._padded([[2, 30, 31], [2, 30, 31, 32]], 2, 64, 0) | {"limit": np.int32(9)}
+    inputs = sampling.padded([[2, 30, 31], [2, 30, 31, 32]], 2, 64, 0) | {"limit": np.int32(9)}
     with sampling._compiled(tiny, keras_hub.samplers.RandomSampler(temperature=10.0), 0) as function:
         output = np.asarray(function(inputs, stop_token_ids=None)["token_ids"])
     assert output[:, 4:9].all()
@@ -132,35 +132,3 @@ def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
         for t in (3, token)
     ]
     assert answers[0] == first != answers[1]
-
-
-@pytest.mark.parametrize("sampler", ["greedy", "top_k", "top_p", "random"])
-@pytest.mark.parametrize("prompt", [QUESTION, {"instruction": "Who?", "context": "é 日本 🌍 " * 3}])
-def test_streamed_pieces_are_the_answer(tiny, sampler, prompt):
-    options = {"sampler": sampler, "seed": 4, "max_new_tokens": 24}
-    pieces = [*gl.stream(tiny, prompt, **options)]
-    assert "".join(pieces) == gl.generate(tiny, prompt, **options)
-    assert len(pieces) > 3 and all(pieces)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_streams(random_model, family):
-    model = random_model(family)
-    gl.enable_lora(model, rank=2)
-    assert "".join(gl.stream(model, QUESTION, max_new_tokens=5)) == gl.generate(model, QUESTION, max_new_tokens=5)
-
-
-def test_a_stream_can_be_left_and_another_answer_asked_for_between(tiny):
-    sampler, stream = tiny.sampler, gl.stream(tiny, QUESTION, max_new_tokens=8)
-    first = next(stream)
-    answer = gl.generate(tiny, QUESTION, max_new_tokens=8)
-    assert first + "".join(stream) == answer
-    next(gl.stream(tiny, QUESTION, max_new_tokens=8))
-    assert tiny.sampler is sampler
-
-
-def test_what_cannot_be_streamed_is_said(tiny):
-    with pytest.raises(ValueError, match="BeamSampler keeps several answers"):
-        next(gl.stream(tiny, QUESTION, sampler="beam"))
-    with pytest.raises(ValueError, match="A prompt is text"):
-        next(gl.stream(tiny, ""))

@@ -130,6 +130,15 @@ def test_keras_callbacks_work(tiny_lora, world):
     assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_tokens=224))
 
 
+def test_the_record_is_of_the_weights_that_a_callback_put_back(tiny_lora, world):
+    best = keras.callbacks.EarlyStopping("val_loss", patience=9, restore_best_weights=True)
+    worse = keras.callbacks.LearningRateScheduler(lambda epoch: 0.5 if epoch else 5e-3)
+    options = {"validation": world[1], "epochs": 2, "callbacks": [best, worse], "verbose": 0}
+    losses = gl.fit(tiny_lora, world[0], **options).history["val_loss"]
+    assert min(losses) < losses[-1]
+    assert tiny_lora.gemma_lora.run["held_out_loss"]["tuned"] == pytest.approx(min(losses), 1e-5)
+
+
 def test_ctrl_c_leaves_a_usable_model_and_a_history(tiny_lora, world):
     interrupt = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda step, logs: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None

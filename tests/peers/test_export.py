@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from test_lora import randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora.batches import tokenizer_of
 from gemma_lora.lora import ALL_LINEAR
 from gemma_lora.templates import text_pieces
+from gemma_lora.tokenizer import tokenizer_of
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
