@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import keras
 from keras import ops
 
@@ -75,7 +76,7 @@ def kernel_shape(layer) -> tuple[int, ...]:
     """The shape of a layer's kernel, also where it is packed into four bits a value."""
     if layer.lora_enabled:
         return (*layer.lora_kernel_a.shape[:-1], layer.lora_kernel_b.shape[-1])
-    return tuple(getattr(layer, "original_kernel_shape", None) or layer._kernel.shape)
+    return jax.eval_shape(lambda: ops.convert_to_tensor(layer.kernel)).shape  # nothing is unpacked
 
 
 def adapter_weights(model) -> list[keras.Variable]:
