@@ -5,20 +5,21 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import h5py
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load, save
 
-from gemma_lora import peft_format
-from gemma_lora.cards import base_name, model_card, write_card
+from gemma_lora import cards, peft_format
+from gemma_lora.cards import base_name
 from gemma_lora.lora import (
     ALL_LINEAR,
     LoraSummary,
     enable_lora,
+    fingerprints,
     kernel_shape,
     linear_layers,
     lora_layers,
@@ -30,7 +31,6 @@ from gemma_lora.templates import Template
 
 FORMAT = 1
 _OLD = ".old"
-_SAMPLED = 256  # values of each kernel in the fingerprint of a base
 
 
 def save_adapter(model, folder: str | Path) -> Path:
@@ -48,15 +48,14 @@ def save_adapter(model, folder: str | Path) -> Path:
         raise ValueError("The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first.")
     folder = Path(folder).expanduser()
     tensors = save({name: np.asarray(weight.value, dtype="float32") for name, weight in _tensors(model).items()})
-    run = None if state.run is None else state.run | {"template": vars(state.run["template"])}
-    about = {"format": FORMAT, "base": base_name(model), **fingerprints(model)}
-    about |= {name: getattr(state.lora, name) for name in ("rank", "alpha", "targets", "seed")} | {"run": run}
+    about = {"format": FORMAT, **cards.about(model)}
+    about |= {"rank": state.lora.rank, "alpha": state.lora.alpha, "targets": [*state.lora.targets]}
+    about["seed"] = state.lora.seed
     about["versions"] = {name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")}
-    about = json.loads(json.dumps(about, default=float))
     text = json.dumps(about | {"checksum": _checksum(about, tensors)}, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     _replace({folder / "adapter.safetensors": tensors, folder / "adapter.json": text.encode()})
-    write_card(folder, model_card(model, kind="adapter"))
+    cards.write_card(folder, cards.model_card(model, kind="adapter"))
     return folder
 
 
@@ -68,7 +67,8 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
     Args:
         model: The adapter's base.
         source: A folder that `save_adapter` wrote; a folder in PEFT's format; or a `.lora.h5` file of stock Keras.
-        targets: The layers it was made for. Only a `.lora.h5` file does not say; there None means query and value.
+        targets: The layers it was made for. A `.lora.h5` file numbers layers, so there it is asked for what they should
+            be: None means query and value.
         force: Take a base of the right shapes whose weights differ from those that the adapter was made for.
 
     Returns:
@@ -79,6 +79,8 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
         ValueError: It was cut or altered, or belongs to another base: the text says what differs. The model is left as
             it was.
     """
+    if "://" in str(source):
+        raise FileNotFoundError(f"{source} is an address: download it, and pass the folder that it is in then.")
     state, source = state_of(model), Path(source).expanduser()
     if source.suffix == ".h5":
         about, tensors = _read(source, lambda: _read_keras(model, source))
@@ -89,8 +91,7 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
         about, tensors = _read(source, lambda: _read_own(source))
     _check_targets(model, source, about, targets)
     _check_fits(model, source, about, tensors)
-    if "weights" in about:
-        _check_base(model, source, about, force)
+    _check_base(model, source, about, force)
     lora = state.lora
     if lora and (lora.rank, lora.alpha, lora.targets) != (about["rank"], about["alpha"], about["targets"]):
         lora = None
@@ -98,29 +99,12 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
         detach(model)
     options = {name: about[name] for name in ("rank", "alpha", "targets")}
     summary = enable_lora(model, **options, seed=None if lora else about["seed"])
+    if about["seed"] is not None:
+        state.lora = summary = replace(summary, seed=about["seed"])
     for name, weight in _tensors(model).items():
         weight.assign(tensors[name])
     state.run = about["run"]
     return summary
-
-
-def fingerprints(model) -> dict:
-    """What tells a base from others: architecture, shapes of kernels, and a sum over some values of each.
-
-    The values are rounded to bfloat16, so that a base has one fingerprint in float32 and in bfloat16.
-    """
-    layers = linear_layers(model)
-    kernels = {"token_embedding": model.backbone.token_embedding._embeddings}
-    kernels |= {path: layer._kernel for path, layer in layers.items()}
-    shapes = {"token_embedding": (model.backbone.vocabulary_size, model.backbone.hidden_dim)}
-    shapes |= {path: kernel_shape(layer) for path, layer in layers.items()}
-    sums = {"shapes": hashlib.sha256(repr(shapes).encode()), "weights": hashlib.sha256()}
-    for kernel in kernels.values():
-        places = np.linspace(0, np.prod(kernel.shape) - 1, _SAMPLED).astype("int64")
-        values = np.asarray(kernel.value[np.unravel_index(places, kernel.shape)])
-        sums["weights"].update(values.astype(jnp.bfloat16).tobytes())
-    found = {"architecture": type(model.backbone).__name__}
-    return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
 
 
 def _read(source: Path, read: Callable) -> tuple[dict, dict]:
@@ -204,8 +188,16 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
 
 
 def _check_base(model, source: Path, about: dict, force: bool) -> None:
-    own = fingerprints(model)
+    merges = bool(state_of(model).merges)
+    way_out = "gl.remove_adapter(model) undoes a merge(keep=True); else load the base again." if merges else ""
+    if "weights" not in about and merges and not force:
+        raise ValueError(
+            f"The model has an adapter merged into it, and {source} does not say of what base it is. {way_out}"
+        )
+    own = fingerprints(model) if "weights" in about else {}
     differs = [name for name in own if about[name] != own[name]]
+    if merges and differs == ["weights"] and not about.get("merged") and not force:
+        raise ValueError(f"The adapter in {source} is of a base into which no adapter was merged. {way_out}")
     if differs and not (force and differs == ["weights"]):
         raise ValueError(
             f"The adapter in {source} was made for {about['base']!r}; this model, {base_name(model)!r}, has other "

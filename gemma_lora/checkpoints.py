@@ -1,6 +1,7 @@
 """Save a run while it goes on, and go on from there when a runtime has died."""
 
 import errno
+import hashlib
 import json
 import os
 import warnings
@@ -35,6 +36,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.epoch = self.step = 0
         self.history: dict[str, list[float]] = {}
         self._metrics = self._arrays = None
+        self._start = _digest(trainer.trainable_variables)  # of the adapters that the run began with
 
     def resume(self) -> None:
         """Go back to the newest checkpoint that can be read: sets `epoch`, `step` and `history`.
@@ -69,6 +71,15 @@ class Checkpoints(keras.callbacks.Callback):
             )
         self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
         self._curve.restore(state["curve"])
+        adapters = self._trainer.trainable_variables
+        known = state["start"], _digest(arrays[: len(adapters)])
+        if self._start not in known and all(np.any(weight) for weight in adapters):  # new ones have no B but zero
+            warnings.warn(
+                f"The model's adapters are replaced by those of {self.folder}, a run that began with others. To train "
+                "the model's own, load them again and choose another checkpoint_dir.",
+                stacklevel=3,
+            )
+        self._start = state["start"]
         own = len(arrays) - len(self._trainer.metrics_variables)
         for variable, value in zip(self._variables()[:own], arrays[:own], strict=True):
             variable.assign(value)
@@ -112,8 +123,8 @@ class Checkpoints(keras.callbacks.Callback):
         arrays = [np.asarray(a, "float32" if a.dtype == "bfloat16" else None) for a in arrays]
         if not all(np.isfinite(array).all() for array in arrays):
             return  # not over a checkpoint that can be used
-        state = {"run": self._run, "epoch": self.epoch, "step": self.step, "history": self.history}
-        state["curve"] = self._curve.state(self.epoch, self.step)
+        state = {"run": self._run, "start": self._start, "epoch": self.epoch, "step": self.step}
+        state |= {"history": self.history, "curve": self._curve.state(self.epoch, self.step)}
         path = self.folder / f"{self.epoch:04}-{self.step:08}.npz"
         part = path.with_suffix(".part")
         try:
@@ -141,3 +152,7 @@ class Checkpoints(keras.callbacks.Callback):
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 print(f"The checkpoint {path.name} is damaged, and passed over: {error}")
         return None
+
+
+def _digest(weights: list) -> str:
+    return hashlib.sha256(b"".join(np.asarray(weight, "float32").tobytes() for weight in weights)).hexdigest()[:16]

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import psutil
 
-from gemma_lora.cards import is_own_card, model_card, write_card
+from gemma_lora.cards import model_card, write_card
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.tokenizer import tokenizer_of
-from gemma_lora.transformers_format import transformers_config, write_model
+from gemma_lora.transformers_format import MADE_BY, transformers_config, write_model
 
 _PROMPTS = ("What should I do on a trip to Europe?", "The capital of France is", "1 2 3\n\n\tdéjà vu 🙂 " * 8)
 
@@ -50,7 +50,7 @@ def export_transformers(model, folder: str | Path, *, verify: bool | None = None
     """
     config = transformers_config(model)
     folder = Path(folder).expanduser()
-    if (folder / "config.json").is_file() and not is_own_card(folder):
+    if (folder / "config.json").is_file() and MADE_BY not in (folder / "config.json").read_text("utf-8"):
         raise ValueError(f"{folder} holds a model that gl did not export. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_model(model, folder, config)

@@ -5,6 +5,7 @@ matrices: W + (alpha / rank) A B. Keras calls A and B `lora_kernel_a` and `lora_
 """
 
 import difflib
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import keras
+import numpy as np
 from keras import ops
 
 from gemma_lora import runtime
@@ -20,6 +23,7 @@ from gemma_lora.models import state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
 ALL_LINEAR = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+_SAMPLED = 256  # values of each kernel in the fingerprint of a base
 TARGETS = {"query_value": ("query", "value"), "all_linear": ALL_LINEAR}
 
 
@@ -79,6 +83,26 @@ def kernel_shape(layer) -> tuple[int, ...]:
     return jax.eval_shape(lambda: ops.convert_to_tensor(layer.kernel)).shape  # nothing is unpacked
 
 
+def fingerprints(model) -> dict:
+    """What tells a base from others: architecture, shapes of kernels, and a sum over some values of each.
+
+    The values are rounded to bfloat16, so that a base has one fingerprint in float32 and in bfloat16; float16 has one
+    of its own.
+    """
+    layers = linear_layers(model)
+    kernels = {"token_embedding": model.backbone.token_embedding._embeddings}
+    kernels |= {path: layer._kernel for path, layer in layers.items()}
+    shapes = {"token_embedding": (model.backbone.vocabulary_size, model.backbone.hidden_dim)}
+    shapes |= {path: kernel_shape(layer) for path, layer in layers.items()}
+    sums = {"shapes": hashlib.sha256(repr(shapes).encode()), "weights": hashlib.sha256()}
+    for kernel in kernels.values():
+        places = np.linspace(0, np.prod(kernel.shape) - 1, _SAMPLED).astype("int64")
+        values = np.asarray(kernel.value[np.unravel_index(places, kernel.shape)])
+        sums["weights"].update(values.astype(jnp.bfloat16).tobytes())
+    found = {"architecture": type(model.backbone).__name__, "vocabulary_size": model.backbone.vocabulary_size}
+    return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
+
+
 def adapter_weights(model) -> list[keras.Variable]:
     """A and B of each layer that has an adapter."""
     return [weight for layer in lora_layers(model).values() for weight in (layer.lora_kernel_a, layer.lora_kernel_b)]
@@ -115,7 +139,7 @@ def enable_lora(
         if (old.rank, old.alpha, old.targets) != (rank, alpha, names) or seed not in (None, old.seed):
             raise ValueError(
                 f"The model has adapters already: rank={old.rank}, alpha={old.alpha:g}, targets={list(old.targets)}, "
-                f"seed={old.seed}. To start afresh with others, load the model again: model = gl.load(...)."
+                f"seed={old.seed}. To start afresh with others, take them off first: gl.remove_adapter(model)."
             )
         _freeze_base(model)
         return old

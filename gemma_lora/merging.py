@@ -4,13 +4,14 @@ import keras
 import numpy as np
 
 from gemma_lora.lora import lora_layers
-from gemma_lora.models import state_of
+from gemma_lora.models import Merge, state_of
 
 
 def remove_adapter(model) -> None:
-    """Leave the model as it was loaded: without adapters, or with the kernels from before `merge(keep=True)`.
+    """Leave the model as it was loaded: without adapters, and with the kernels from before each `merge(keep=True)`.
 
-    A model without adapters stays as it is.
+    A model without adapters stays as it is. After a merge that kept nothing, the merged model is what adapters are
+    taken off from.
 
     >>> import gemma_lora as gl
     >>> model = gl.load("tiny_gemma_en")
@@ -22,25 +23,27 @@ def remove_adapter(model) -> None:
     Raises:
         ValueError: The adapter was merged, and the kernels from before were not kept.
     """
-    state = state_of(model)
-    if state.merged == {} and not lora_layers(model):
+    merges = state_of(model).merges
+    if merges and merges[-1].kernels is None and not lora_layers(model):
         raise ValueError("The adapter was merged without keep=True: load the model again, gl.load(...).")
-    for layer, kernel in (state.merged or {}).values():
-        layer._kernel.assign(kernel)
     detach(model)
-    if state.merged != {}:
-        state.run = state.merged = state.merged_lora = None
+    while merges and merges[-1].kernels is not None:
+        for layer, kernel in merges[-1].kernels:
+            layer._kernel.assign(kernel)
+        merges.pop()
+    state_of(model).run = merges[-1].run if merges else None
 
 
 def merge(model, *, keep: bool = False) -> None:
     """Fold the adapters into the kernels, W + (alpha / rank) A B, and remove them: an ordinary model is left.
 
     The sum is taken in float32 and rounded to the kernel's dtype. `model.save_to_preset(folder)` then saves an ordinary
-    KerasHub preset, and `gl.load(folder)` reads it. The model still knows the template it was tuned with.
+    KerasHub preset, and `gl.load(folder)` reads it. The model still knows the template it was tuned with. Until all is
+    done, the kernels from before are kept in the host's memory: what breaks off leaves the model as it was.
 
     Args:
         model: A model with adapters. Quantized kernels are a ValueError: they cannot hold the sum.
-        keep: Keep the kernels from before in the host's memory, so that `remove_adapter` can put them back.
+        keep: Keep the kernels from before, so that `remove_adapter` can put them back.
     """
     state, layers = state_of(model), lora_layers(model)
     if not layers:
@@ -51,12 +54,16 @@ def merge(model, *, keep: bool = False) -> None:
                 f"{path} is quantized ({layer.quantization_mode}) and cannot hold the sum of kernel and adapter. Load "
                 f"the base unquantized, gl.load({state.preset!r}, dtype='bfloat16'), load the adapter, and merge there."
             )
-    state.merged_lora = state.lora
-    before = {path: (layer, np.array(layer._kernel.value)) for path, layer in layers.items() if keep}
-    for layer in layers.values():
-        layer._kernel.assign(merged_kernel(layer))
+    before = [(layer, np.array(layer._kernel.value)) for layer in layers.values()]
+    try:
+        for layer in layers.values():
+            layer._kernel.assign(merged_kernel(layer))
+    except BaseException:
+        for layer, kernel in before:
+            layer._kernel.assign(kernel)
+        raise
+    state.merges.append(Merge(state.lora, state.run, before if keep else None))
     detach(model)
-    state.merged = {**before, **(state.merged or {})} if keep else {}
 
 
 def detach(model) -> None:

@@ -12,6 +12,7 @@ from gemma_lora.access import fetch
 from gemma_lora.runtime import quiet, return_memory
 
 TINY = "tiny_gemma_en"
+TINY_VOCABULARY = 2048  # no published Gemma has so few tokens
 TINY_FOLDER = Path(__file__).parent / "tiny" / TINY
 
 
@@ -36,6 +37,15 @@ _SETTINGS = {TINY: _SMALL}
 
 
 @dataclass
+class Merge:
+    """What was merged: the summary of its adapters, its run, and the kernels from before, by layer, if kept."""
+
+    lora: Any
+    run: dict | None
+    kernels: list[tuple] | None
+
+
+@dataclass
 class State:
     """What the library remembers of a model, as its attribute `gemma_lora`."""
 
@@ -45,8 +55,7 @@ class State:
     lora: Any = None  # the summary of enable_lora
     run: dict | None = None  # the record of the last training run
     trainable: list | None = None  # layers and weights, and whether they trained before the adapters came
-    merged: dict | None = None  # after a merge: layers and kernels from before, or nothing if they were not kept
-    merged_lora: Any = None  # the summary of what was merged
+    merges: list = field(default_factory=list)  # of each `Merge` into the kernels, the last one last
     tokenizer: Any = None
     trainer: Any = None
     samplers: dict = field(default_factory=dict)

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gemma_lora.cards import model_card, write_card
+from gemma_lora.cards import about, model_card, write_card
 from gemma_lora.export import Exported, sizes
 from gemma_lora.lora import kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import state_of
 from gemma_lora.transformers_format import NAMES, write_json
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight")
+_ABOUT = "gemma_lora.json"  # which base, and the record of training: PEFT has no place for them
 _FOREIGN = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters")
 _FOREIGN += ("alora_invocation_tokens", "use_qalora")
 _PLAIN = (None, True, False, "gaussian", "eva", "orthogonal")  # other ways to begin change the base, too
@@ -26,6 +27,8 @@ _PLAIN = (None, True, False, "gaussian", "eva", "orthogonal")  # other ways to b
 
 def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported:
     """Write the adapter alone as PEFT reads it, exactly: `adapter_model.safetensors` and `adapter_config.json`.
+
+    Beside them `gemma_lora.json` says for `load_adapter` what base it is of, and how it was trained.
 
     Args:
         model: A model with adapters.
@@ -64,6 +67,7 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
+    write_json(folder / _ABOUT, about(model))
     write_card(folder, model_card(model, kind="peft"))
     return Exported(folder, sizes(folder), "To check: peft.PeftModel.from_pretrained(base, folder)")
 
@@ -109,8 +113,10 @@ def read(model, folder: Path) -> tuple[dict, dict]:
             tensors[f"{path}/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
             tensors[f"{path}/b"] = np.pad(b, [(0, more), (0, 0)]) * (1.0 if same else scales.get(path, 1.0))
     alpha = float(rank * next(iter(scales.values()))) if same else float(rank)
-    about = {"rank": rank, "alpha": alpha, "targets": sorted(targets, key=[*NAMES].index), "seed": None, "run": None}
-    return about, tensors
+    found = {"rank": rank, "alpha": alpha, "targets": sorted(targets, key=[*NAMES].index), "seed": None, "run": None}
+    if (folder / _ABOUT).is_file():
+        found |= json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    return found, tensors
 
 
 def _of(module: str, config: dict, pattern: str, key: str):

@@ -22,7 +22,7 @@ _SAMPLERS = {
     "random": lambda: keras_hub.samplers.RandomSampler(),
     "beam": lambda: keras_hub.samplers.BeamSampler(num_beams=5),
 }
-_BATCHES = (8, 16, 32, 64)  # prompts answered together
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # prompts answered together
 _SHAPE_STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
 
 

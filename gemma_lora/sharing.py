@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from gemma_lora.access import AccessError, explain
 from gemma_lora.credentials import THREE_WAYS, share_colab_secrets, timeouts
-from gemma_lora.models import TINY
+from gemma_lora.models import TINY, TINY_VOCABULARY
 from gemma_lora.places import check_hub_token, hide, used_place
 from gemma_lora.sources import Source
 from gemma_lora.tables import ShowsAsTable, Table
@@ -22,7 +22,6 @@ _ADDRESS = r"kaggle://[\w-]+/[\w-]+/\w+/[\w.-]+|hf://[\w.-]+/[\w.-]+"
 _WEIGHTS = (".safetensors", ".h5")
 _SENT = r"[^/]+\.(safetensors|h5|json|model|spm|jinja)|README\.md|(LICENSE|NOTICE)(\.\w+)?|assets/.+"
 _NEVER = r"(?i)\..*|.*\.part|(checkpoint|ckpt).*|kaggle\.json|.*(secret|credential).*|(.*[_-])?token\.json"
-_TINY_VOCABULARY = 2048  # no published Gemma has so few tokens
 _APACHE = f"Licence: Apache-2.0, as it is made from {TINY}, this project's own."
 _GEMMA = "Licence: Gemma's terms go with all that is made from Gemma, https://ai.google.dev/gemma/terms"
 
@@ -52,7 +51,7 @@ def upload(folder: str | Path, uri: str, *, dry_run: bool = False, card: str | N
     """Send a model's or an adapter's folder to Kaggle or the Hugging Face Hub; a second time, as a new version.
 
     Weights, JSON, the vocabulary, `assets`, README.md and licences are sent. All else in the folder is left out, hidden
-    files, checkpoints and credentials too, and the result names it.
+    files, links, checkpoints and credentials too, and the result names it.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -132,7 +131,11 @@ def _choose(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     files, left_out = {}, set()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         name, parts = file.relative_to(folder).as_posix(), file.relative_to(folder).parts
-        if re.fullmatch(_SENT, name) and not any(re.fullmatch(_NEVER, part) for part in parts):
+        if (
+            re.fullmatch(_SENT, name)
+            and not file.is_symlink()
+            and not any(re.fullmatch(_NEVER, part) for part in parts)
+        ):
             files[name] = file.stat().st_size
         else:
             left_out.add(name if len(parts) == 1 or parts[0] == "assets" else f"{parts[0]}/")
@@ -142,18 +145,16 @@ def _choose(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
 def _is_tiny(folder: Path) -> bool:
     """Whether a folder's model, or its base, is the small model of this package."""
     about = {}
-    for name in ("config.json", "adapter_config.json", "adapter.json"):
+    for name in ("config.json", "adapter_config.json", "gemma_lora.json", "adapter.json"):
         try:
             about |= json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
-        except (TypeError, ValueError) as error:
+            base = Path(about.get("base_model_name_or_path") or about.get("base") or "")
+            inner = about.get("config", {}).get("vocabulary_size")
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / name} cannot be read: {error}. Save or export it again.") from error
-    if base := about.get("base") or about.get("base_model_name_or_path"):
-        if Path(base).is_absolute():
-            raise ValueError(
-                f"The base is said to be {base}, a folder of this machine. Give a name when you export it."
-            )
-        return Path(base).name == TINY
-    return _TINY_VOCABULARY in (about.get("vocab_size"), about.get("config", {}).get("vocabulary_size"))
+    if base.is_absolute():
+        raise ValueError(f"The base is said to be {base}, a folder of this machine. Give a name when you export it.")
+    return TINY_VOCABULARY in (inner, about.get("vocab_size"), about.get("vocabulary_size")) or base.name == TINY
 
 
 def _check_credentials(source: Source) -> None:

@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import keras
-import numpy as np
 from keras import ops
 
 from gemma_lora import runtime
 from gemma_lora.batches import Batches, Encoded, encode
 from gemma_lora.checkpoints import Checkpoints
-from gemma_lora.lora import adapter_weights, adapters_off
+from gemma_lora.lora import adapter_weights, adapters_off, fingerprints
 from gemma_lora.loss import optimizer_for, stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import recommended, state_of
 from gemma_lora.progress import LossCurve, Progress
+from gemma_lora.sampling import template_of
 from gemma_lora.templates import get_template
 
 
@@ -55,6 +55,7 @@ def fit(
         train: Records to learn from.
         validation: Records to measure the loss on after each epoch.
         template: Name of a template or a `Template`; prompts are rendered by it in training and, later, in `generate`.
+            None goes on with that of an adapter which was trained before, or loaded.
         epochs: How often every record is learned from.
         batch_tokens: Tokens a step. Short records share a row, and none sees another of it.
         batch_size: Records a step, whatever their length. None leaves it to `batch_tokens`.
@@ -73,6 +74,7 @@ def fit(
         raise ValueError(f"Choose one of batch_size and batch_tokens. Received: {batch_size!r} and {batch_tokens!r}")
     given = {"template": template, "sequence_length": sequence_length, "batch_tokens": batch_tokens}
     given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    given["template"] = template or template_of(model)
     settings = replace(recommended(model), **{name: value for name, value in given.items() if value is not None})
     seed = runtime.default_seed if seed is None else seed
     if not isinstance(epochs, int) or epochs < 1:
@@ -164,9 +166,8 @@ def fit(
 
 def fingerprint(model, encoded: Encoded) -> dict[str, str]:
     """Short sums that tell base models, adapters and rows apart."""
-    last = next(weight for weight in reversed(model.backbone.non_trainable_weights) if weight.dtype != "uint32")
     shapes = [(weight.path, *weight.shape) for weight in adapter_weights(model)]
-    contents = {"base": np.asarray(last).tobytes(), "adapters": repr(shapes).encode()}
+    contents = {"base": repr(fingerprints(model)).encode(), "adapters": repr(shapes).encode()}
     contents["content of the rows"] = repr(encoded.examples).encode()
     return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from string import Formatter
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -25,6 +26,7 @@ NAMES = {
 }
 
 
+MADE_BY = "gemma_lora.export_transformers"  # in config.json: such a folder may be written to again
 _SHARD = 4 * 2**30  # bytes a file
 
 
@@ -64,6 +66,7 @@ def transformers_config(model) -> dict:
         "pad_token_id": tokenizer.pad_id,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.id_of("<eos>"),
+        "made_by": MADE_BY,
     }
     if name == "gemma":
         return config
@@ -190,11 +193,13 @@ def chat_template(template: Template) -> str:
     >>> print(chat_template(TEMPLATES["recipe"])[-86:])
     {{ "Instruction:\\n" + message["content"] + "\\n\\nResponse:\\n" }}{% endif %}{% endfor %}
     """
-    before, after = (json.dumps(part) for part in template.without_context.split("{instruction}"))
+    parts = []
+    for literal, field, _, _ in Formatter().parse(template.without_context):
+        parts += [json.dumps(literal, ensure_ascii=False)] * bool(literal) + ['message["content"]'] * bool(field)
     return (
         "{{ bos_token }}{% for message in messages %}"
         f'{{% if message["role"] == "assistant" %}}{{{{ message["content"] + {json.dumps(template.end)} }}}}'
-        f'{{% else %}}{{{{ {before} + message["content"] + {after} }}}}{{% endif %}}'
+        f"{{% else %}}{{{{ {' + '.join(parts)} }}}}{{% endif %}}"
         "{% endfor %}"
     )
 

@@ -13,6 +13,7 @@ from test_lora import logits, randomize_adapters
 import gemma_lora as gl
 from gemma_lora.adapters import _checksum, _tensors
 from gemma_lora.lora import ALL_LINEAR, lora_layers
+from gemma_lora.sampling import template_of
 
 
 @pytest.mark.parametrize("targets", ["query_value", "all_linear"])
@@ -45,6 +46,53 @@ def test_a_loaded_adapter_answers_with_its_own_template(tiny_tuned, tiny_factory
     fresh = tiny_factory()
     gl.load_adapter(fresh, tmp_path)
     assert gl.generate(fresh, "What is the capital of Slovenia?") == "The capital of Slovenia is Ljubljana."
+
+
+def test_an_adapter_brings_its_template_into_answers_and_further_training(tiny_factory, tmp_path):
+    model, (rows, _) = tiny_factory(), gl.load_tiny_world()
+    gl.enable_lora(model, seed=7)
+    gl.fit(model, rows.select(range(8)), template="turns", verbose=0)
+    gl.save_adapter(model, tmp_path / "own")
+    gl.export_peft(model, tmp_path / "peft")
+    for folder in ("own", "peft"):
+        fresh = tiny_factory()
+        gl.enable_lora(fresh)
+        summary = gl.load_adapter(fresh, tmp_path / folder)
+        assert template_of(fresh) == template_of(model) == gl.TEMPLATES["turns"]
+        assert folder == "peft" or summary.seed == fresh.gemma_lora.lora.seed == 7
+    gl.fit(fresh, rows.select(range(8)), verbose=0)
+    assert fresh.gemma_lora.run["template"].name == "turns"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_on_a_merged_model_an_adapter_of_the_base_is_refused_with_the_way_out(random_model, tmp_path, keep):
+    model = random_model("gemma")
+    gl.enable_lora(model)
+    randomize_adapters(model)
+    gl.save_adapter(model, tmp_path / "own")
+    gl.export_peft(model, tmp_path / "peft")
+    stock = random_model("gemma").backbone
+    stock.enable_lora(4)
+    stock.save_lora_weights(str(tmp_path / "stock.lora.h5"))
+    gl.merge(model, keep=keep)
+    merged = logits(model)
+    for source in ("own", "peft", "stock.lora.h5"):
+        with pytest.raises(ValueError, match=r"gl\.remove_adapter\(model\) undoes"):
+            gl.load_adapter(model, tmp_path / source)
+    gl.enable_lora(model, rank=2)
+    gl.save_adapter(model, tmp_path / "second")
+    assert "with another adapter merged" in (tmp_path / "second/README.md").read_text()
+    gl.load_adapter(model, tmp_path / "second")
+    assert np.array_equal(logits(model), merged)
+    with pytest.raises(ValueError, match="has other weights"):
+        gl.load_adapter(random_model("gemma"), tmp_path / "second")
+    with pytest.raises(ValueError, match="has other weights"):
+        gl.load_adapter(random_model("gemma", seed=1), tmp_path / "peft")
+
+
+def test_an_address_is_no_folder(tiny):
+    with pytest.raises(FileNotFoundError, match="hf://me/mine is an address: download it"):
+        gl.load_adapter(tiny, "hf://me/mine")
 
 
 def test_saving_again_replaces_and_leaves_no_parts(random_model, tmp_path):

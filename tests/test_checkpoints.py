@@ -20,7 +20,7 @@ import sys
 import gemma_lora as gl
 import numpy as np
 gl.setup(seed=0)
-folder, out, pause = sys.argv[1:]
+folder, out, epochs, pause = sys.argv[1:]
 model = gl.load()
 gl.enable_lora(model)
 import keras, time
@@ -28,7 +28,8 @@ slow = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: time
 train, held_out = gl.load_tiny_world()
 options = {"validation": held_out.select(range(8)), "checkpoint_dir": folder if folder != "none" else None}
 print("ready", flush=True)
-history = gl.fit(model, train.select(range(96)), epochs=2, checkpoint_every=3, callbacks=[slow], verbose=0, **options)
+options |= {"epochs": int(epochs), "checkpoint_every": 3, "callbacks": [slow], "verbose": 0}
+history = gl.fit(model, train.select(range(96)), **options)
 from gemma_lora.lora import adapter_weights
 arrays = {weight.path: np.asarray(weight.value) for weight in adapter_weights(model)}
 for name, values in history.history.items():
@@ -38,17 +39,18 @@ np.savez(out, **arrays)
 """
 
 
-def start(folder, out, pause=0.0) -> subprocess.Popen:
-    command = [sys.executable, "-c", TRAIN, str(folder), str(out), str(pause)]
+def start(folder, out, epochs, pause=0.0) -> subprocess.Popen:
+    command = [sys.executable, "-c", TRAIN, str(folder), str(out), str(epochs), str(pause)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.full)])
 def test_killed_at_random_moments_it_ends_with_the_very_same_adapter(tmp_path, kills):
-    assert start("none", tmp_path / "whole.npz").wait(timeout=300) == 0
+    epochs = 2 + kills // 4  # each try gets some steps further
+    assert start("none", tmp_path / "whole.npz", epochs).wait(timeout=300) == 0
     moments, reached = random.Random(kills), []
     for kill in range(kills):
-        process = start(tmp_path / "run", tmp_path / "killed.npz", pause=0.1)
+        process = start(tmp_path / "run", tmp_path / "killed.npz", epochs, pause=0.1)
         assert process.stdout.readline() == "ready\n"
         deadline, before = time.monotonic() + 60, {path.name for path in (tmp_path / "run").glob("*.npz")}
         while {path.name for path in (tmp_path / "run").glob("*.npz")} == before and time.monotonic() < deadline:
@@ -60,7 +62,7 @@ def test_killed_at_random_moments_it_ends_with_the_very_same_adapter(tmp_path, k
         print(f"kill {kill + 1}: newest checkpoint {reached[-1]}")
         assert not (tmp_path / "killed.npz").exists(), "the run was over before it was killed"
     assert reached == sorted(reached) and len(set(reached)) > 1
-    assert start(tmp_path / "run", tmp_path / "killed.npz").wait(timeout=300) == 0
+    assert start(tmp_path / "run", tmp_path / "killed.npz", epochs).wait(timeout=300) == 0
     with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "killed.npz") as killed:
         assert whole.files == killed.files
         for name in whole.files:
@@ -134,6 +136,34 @@ def test_another_run_in_the_folder_is_refused_by_name(tiny_factory, rows, tmp_pa
         gl.fit(model, part, checkpoint_dir=tmp_path, verbose=0, **option)
     assert all(name in str(raised.value) for name in option)
     assert sorted(tmp_path.iterdir()) == before and same(adapter, adapter_of(model))
+
+
+def test_a_base_with_an_adapter_merged_into_it_is_another_run(tiny_factory, rows, tmp_path):
+    model = tiny_factory()
+    gl.enable_lora(model)
+    gl.fit(model, rows, checkpoint_dir=tmp_path, verbose=0)
+    gl.merge(model)
+    gl.enable_lora(model)
+    with pytest.raises(ValueError, match="another run: base"):
+        gl.fit(model, rows, checkpoint_dir=tmp_path, verbose=0)
+
+
+def test_adapters_that_a_checkpoint_takes_the_place_of_are_said(tiny_factory, rows, tmp_path):
+    model = tiny_factory()
+    gl.enable_lora(model)
+    gl.fit(model, rows, seed=7, verbose=0)
+    gl.save_adapter(model, tmp_path / "started from")
+    gl.fit(model, rows, checkpoint_dir=tmp_path / "run", callbacks=[stop_after(4)], verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gl.load_adapter(model, tmp_path / "started from")
+        gl.fit(model, rows, checkpoint_dir=tmp_path / "run", verbose=0)
+        gl.fit(model, rows, checkpoint_dir=tmp_path / "run", verbose=0)
+        done = adapter_of(model)
+        gl.fit(model, rows, seed=8, verbose=0)
+    with pytest.warns(UserWarning, match="adapters are replaced"):
+        gl.fit(model, rows, checkpoint_dir=tmp_path / "run", verbose=0)
+    assert same(done, adapter_of(model))
 
 
 DAMAGES = {

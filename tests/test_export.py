@@ -1,6 +1,7 @@
 import json
 
 import families
+import jinja2
 import numpy as np
 import pytest
 from families import FAMILIES
@@ -8,8 +9,9 @@ from safetensors.numpy import load_file, save_file
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora import transformers_format
+from gemma_lora import cards, transformers_format
 from gemma_lora.merging import merged_kernel
+from gemma_lora.tokenizer import tokenizer_of
 
 
 def tuned(model, **options):
@@ -44,6 +46,40 @@ def test_large_weights_are_written_in_several_files(random_model, tmp_path, monk
     assert np.abs(logits(gl.load(tmp_path)) - logits(model)).max() < 1e-5
 
 
+def test_what_broke_off_can_be_done_again(random_model, tmp_path, monkeypatch):
+    model, saved = random_model("gemma"), transformers_format.write_json
+
+    def full(path, content):
+        if path.name == "tokenizer_config.json":
+            raise OSError(28, "No space left on device")
+        saved(path, content)
+
+    monkeypatch.setattr(transformers_format, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        gl.export_transformers(model, tmp_path, verify=False)
+    monkeypatch.undo()
+    gl.export_transformers(model, tmp_path, verify=False)
+    assert not [*tmp_path.glob("*.part")]
+
+
+OWN = gl.Template("own", '{{Ask}} 🙂 {instruction}\n{instruction} "!"', "{instruction} {context}")
+
+
+@pytest.mark.parametrize("template", [*gl.TEMPLATES.values(), OWN])
+def test_the_chat_template_and_the_stop_tokens_are_those_of_the_tuning(tiny_factory, tmp_path, template):
+    model, rows = tiny_factory(), gl.load_tiny_world()[0].select(range(4))
+    gl.enable_lora(model)
+    gl.fit(model, rows, template=template, verbose=0)
+    gl.export_transformers(model, tmp_path, verify=False)
+    chat = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
+    messages = [{"role": "user", "content": 'What is a "foal"?'}]
+    said = jinja2.Template(chat, keep_trailing_newline=True).render(messages=messages, bos_token="<bos>")
+    assert said == "<bos>" + template.prompt(messages[0]["content"])
+    tokenizer = tokenizer_of(model)
+    ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert {tokenizer.id_of("<eos>"), tokenizer.id_of(template.end)} == {*ends}
+
+
 def test_weights_keep_their_dtype(random_model, tmp_path):
     gl.export_transformers(tuned(random_model("gemma", dtype="bfloat16")), tmp_path, verify=False)
     assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
@@ -52,6 +88,7 @@ def test_weights_keep_their_dtype(random_model, tmp_path):
 
 def test_a_folder_with_another_model_is_left_alone(tiny, tmp_path):
     tiny.save_to_preset(str(tmp_path))
+    (tmp_path / "README.md").write_text(gl.model_card(tiny))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds a model that gl did not export"):
         gl.export_transformers(tiny, tmp_path)
@@ -88,15 +125,20 @@ def test_what_cannot_be_exported_is_said(random_model, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_the_card_says_what_it_is_and_a_page_of_the_users_stays(tiny_tuned, tmp_path):
+def test_the_card_says_what_it_is_and_a_page_of_the_users_stays(tiny_tuned, tmp_path, monkeypatch):
     gl.save_adapter(tiny_tuned, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "gl.load('tiny_gemma_en')" in card
-    (tmp_path / "README.md").write_text("mine")
-    gl.save_adapter(tiny_tuned, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    for page in ("mine", card.replace("say here where the records are from", "the small world's")):
+        (tmp_path / "README.md").write_text(page)
+        gl.save_adapter(tiny_tuned, tmp_path)
+        assert (tmp_path / "README.md").read_text() == page
+    (tmp_path / "README.md").write_text(card)
+    gl.export_peft(tiny_tuned, tmp_path)
+    assert "peft.PeftModel" in (tmp_path / "README.md").read_text()
     assert "Gemma Terms of Use" not in card
+    monkeypatch.setattr(cards, "TINY_VOCABULARY", 0)
     tiny_tuned.gemma_lora.preset = "gemma_2b_en"
     try:
         assert "Gemma Terms of Use" in gl.model_card(tiny_tuned, kind="transformers")

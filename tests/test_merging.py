@@ -4,7 +4,9 @@ from families import FAMILIES
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
+from gemma_lora import merging
 from gemma_lora.lora import lora_layers
+from gemma_lora.sampling import template_of
 
 
 def tuned(model, **options):
@@ -85,6 +87,47 @@ def test_a_merge_that_kept_nothing_cannot_be_undone_half(random_model):
     gl.merge(model, keep=True)
     tuned(model, targets="all_linear")
     gl.merge(model)
+    with pytest.raises(ValueError, match="load the model again"):
+        gl.remove_adapter(model)
+
+
+def test_a_merge_that_is_interrupted_changes_nothing(random_model, monkeypatch):
+    model = random_model("gemma")
+    base, before = logits(model), tuned(model)
+    kernels, whole = iter(range(99)), merging.merged_kernel
+
+    def interrupted(layer):
+        if next(kernels) == 4:
+            raise KeyboardInterrupt
+        return whole(layer)
+
+    monkeypatch.setattr(merging, "merged_kernel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gl.merge(model, keep=True)
+    assert np.array_equal(logits(model), before)
+    monkeypatch.undo()
+    gl.merge(model, keep=True)
+    assert np.abs(logits(model) - before).max() < 1e-5 * np.abs(before).max()
+    gl.remove_adapter(model)
+    assert np.array_equal(logits(model), base)
+
+
+def test_a_second_adapter_comes_off_a_merged_model_with_its_record(tiny_factory):
+    model, (rows, _) = tiny_factory(), gl.load_tiny_world()
+    gl.enable_lora(model)
+    gl.fit(model, rows.select(range(8)), template="turns", verbose=0)
+    gl.merge(model)
+    merged = logits(model)
+    assert template_of(model).name == "turns"
+    for keep in (None, True):
+        gl.enable_lora(model)
+        gl.fit(model, rows.select(range(20)), template="recipe", verbose=0)
+        if keep:
+            gl.merge(model, keep=True)
+        assert template_of(model).name == "recipe"
+        gl.remove_adapter(model)
+        assert np.array_equal(logits(model), merged)
+        assert template_of(model).name == "turns" and "on 8 records" in gl.model_card(model)
     with pytest.raises(ValueError, match="load the model again"):
         gl.remove_adapter(model)
 

@@ -73,6 +73,12 @@ def test_no_token_is_computed_beyond_the_limit(tiny):
     assert not output[:, 9:].any()
 
 
+def test_a_long_prompt_among_short_ones_is_answered_by_itself():
+    assert sampling._rows([8] * 15 + [3000]) == 1
+    assert sampling._rows([8, 9, 9, 10]) == 4
+    assert sampling._rows(sorted([20] * 64)) == 64
+
+
 def test_optimizer_sampler_and_compiled_function_of_the_model_stay(tiny):
     optimizer, sampler = keras.optimizers.AdamW(3e-4), keras_hub.samplers.TopKSampler(k=3)
     tiny.compile(optimizer=optimizer, sampler=sampler)
