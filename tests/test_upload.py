@@ -288,6 +288,8 @@ def with_a_token(folder):
         (without_card, ValueError, r"card=gl\.model_card\(model\)"),
         (with_a_token, ValueError, "config.json holds a token"),
         (lambda folder: put(adapter(folder), {"adapter.json": "{"}), ValueError, "adapter.json cannot be read"),
+        (lambda folder: put(adapter(folder), {"adapter.json": '{"base": 3}'}), ValueError, "cannot be read"),
+        (lambda folder: put(adapter(folder), {"config.json": '{"config": null}'}), ValueError, "cannot be read"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(site, tmp_path, make, error, words, dry_run):
@@ -309,6 +311,20 @@ def test_a_folder_that_is_no_model_is_refused(site, tmp_path, make, error, words
 def test_an_address_that_is_none_is_refused(tmp_path, uri):
     with pytest.raises(ValueError, match=r"hf://OWNER/NAME|ModelFramework|Repo id"):
         gl.upload(adapter(tmp_path / "model"), uri, dry_run=True)
+
+
+def test_a_link_to_elsewhere_is_not_followed(tmp_path):
+    (tmp_path / "private.json").write_text('{"mine": "alone"}')
+    folder = adapter(tmp_path / "mine")
+    (folder / "settings.json").symlink_to(tmp_path / "private.json")
+    planned = gl.upload(folder, "hf://ada/mine", dry_run=True)
+    assert "settings.json" in planned.left_out and "settings.json" not in planned.files
+
+
+def test_card_and_upload_agree_on_the_licence_of_an_adapter_for_peft(tiny_tuned, tmp_path):
+    gl.export_peft(tiny_tuned, tmp_path)
+    assert "license: apache-2.0" in (tmp_path / "README.md").read_text()
+    assert gl.upload(tmp_path, "hf://ada/mine", dry_run=True).licence.startswith("Licence: Apache-2.0")
 
 
 def test_a_dry_run_needs_no_credentials_and_writes_nothing(site, tmp_path):
