@@ -188,26 +188,23 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
 
 
 def _check_base(model, source: Path, about: dict, force: bool) -> None:
-    merges = bool(state_of(model).merges)
-    way_out = "gl.remove_adapter(model) undoes a merge(keep=True); else load the base again." if merges else ""
-    if "weights" not in about and merges and not force:
+    """The base that it was made for, where it says which: only `force` takes other weights."""
+    merged, base = bool(state_of(model).merges), about.get("base")
+    differs = [name for name, own in fingerprints(model).items() if name in about and about[name] != own]
+    if (differs == [] and ("weights" in about or not merged)) or (force and differs in ([], ["weights"])):
+        return
+    if merged and not about.get("merged"):
         raise ValueError(
-            f"The model has an adapter merged into it, and {source} does not say of what base it is. {way_out}"
+            f"An adapter was merged into this model, and the one in {source} is for a base without it. "
+            "gl.remove_adapter(model) undoes a merge(keep=True); else load the base again, gl.load(...)."
         )
-    own = fingerprints(model) if "weights" in about else {}
-    differs = [name for name in own if about[name] != own[name]]
-    if merges and differs == ["weights"] and not about.get("merged") and not force:
-        raise ValueError(f"The adapter in {source} is of a base into which no adapter was merged. {way_out}")
-    if differs and not (force and differs == ["weights"]):
-        raise ValueError(
-            f"The adapter in {source} was made for {about['base']!r}; this model, {base_name(model)!r}, has other "
-            f"{' and '.join(differs)}. Load its base, gl.load({about['base']!r})."
-            + (
-                " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."
-                if differs == ["weights"]
-                else ""
-            )
-        )
+    text = f"The adapter in {source} was made for {base!r}"
+    text += ", with another adapter merged into it" if about.get("merged") else ""
+    text += f"; this model, {base_name(model)!r}, has other {' and '.join(differs)}. "
+    text += "Load that merged model." if about.get("merged") else f"Load its base, gl.load({base!r})."
+    if differs == ["weights"]:
+        text += " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."
+    raise ValueError(text)
 
 
 def _checksum(about: dict, tensors: bytes) -> str:

@@ -84,7 +84,7 @@ def test_on_a_merged_model_an_adapter_of_the_base_is_refused_with_the_way_out(ra
     assert "with another adapter merged" in (tmp_path / "second/README.md").read_text()
     gl.load_adapter(model, tmp_path / "second")
     assert np.array_equal(logits(model), merged)
-    with pytest.raises(ValueError, match="has other weights"):
+    with pytest.raises(ValueError, match=r"has other weights\. Load that merged model"):
         gl.load_adapter(random_model("gemma"), tmp_path / "second")
     with pytest.raises(ValueError, match="has other weights"):
         gl.load_adapter(random_model("gemma", seed=1), tmp_path / "peft")
