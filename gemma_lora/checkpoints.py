@@ -75,8 +75,8 @@ class Checkpoints(keras.callbacks.Callback):
         known = state["start"], _digest(arrays[: len(adapters)])
         if self._start not in known and all(np.any(weight) for weight in adapters):  # new ones have no B but zero
             warnings.warn(
-                f"The model's adapters are replaced by those of {self.folder}, a run that began with others. To train "
-                "the model's own, load them again and choose another checkpoint_dir.",
+                f"The model's adapters are replaced by those of {self.folder}: they were neither what this run began "
+                "with nor its newest. To train them, load them again and choose another checkpoint_dir.",
                 stacklevel=3,
             )
         self._start = state["start"]

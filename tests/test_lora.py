@@ -116,7 +116,7 @@ def test_twice_with_the_same_options_is_fine_and_freezes_again(random_model):
 def test_twice_with_other_options_says_how_to_start_afresh(random_model, other):
     model = random_model("gemma")
     gl.enable_lora(model, rank=2)
-    with pytest.raises(ValueError, match=r"load the model again: model = gl.load"):
+    with pytest.raises(ValueError, match=r"take them off first: gl\.remove_adapter\(model\)"):
         gl.enable_lora(model, **{"rank": 2, **other})
 
 
