@@ -14,9 +14,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from gemma_lora import cards, peft_format
-from gemma_lora.cards import base_name
 from gemma_lora.lora import (
-    ALL_LINEAR,
     LoraSummary,
     enable_lora,
     fingerprints,
@@ -24,6 +22,7 @@ from gemma_lora.lora import (
     linear_layers,
     lora_layers,
     resolve_targets,
+    target_names,
 )
 from gemma_lora.merging import detach
 from gemma_lora.models import state_of
@@ -157,7 +156,7 @@ def _read_keras(model, path: Path) -> tuple[dict, dict]:
 
 def _check_targets(model, source: Path, about: dict, targets) -> None:
     """The layers that it is for are of this model, and those that were asked for; then in the model's own order."""
-    present = sorted({layer.name for layer in linear_layers(model).values()}, key=ALL_LINEAR.index)
+    present = target_names(model)
     if not about["targets"] or {*about["targets"]} - {*present}:
         raise ValueError(f"The adapter in {source} is for layers {about['targets']}; this model has {present}.")
     names = resolve_targets(targets or about["targets"], present)
@@ -179,8 +178,8 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
     if wrong := [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]:
         base = about.get("base")
         raise ValueError(
-            f"The adapter in {source} does not fit this model, {base_name(model)!r}. For instance {wrong[0]!r}: the "
-            f"model takes shape {expected.get(wrong[0])}, the file has {found.get(wrong[0])}."
+            f"The adapter in {source} does not fit this model, {cards.base_name(model)!r}. For instance {wrong[0]!r}: "
+            f"the model takes shape {expected.get(wrong[0])}, the file has {found.get(wrong[0])}."
             + (f" It was made for {base!r}: gl.load({base!r})." if base else "")
         )
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
@@ -200,7 +199,7 @@ def _check_base(model, source: Path, about: dict, force: bool) -> None:
         )
     text = f"The adapter in {source} was made for {base!r}"
     text += ", with another adapter merged into it" if about.get("merged") else ""
-    text += f"; this model, {base_name(model)!r}, has other {' and '.join(differs)}. "
+    text += f"; this model, {cards.base_name(model)!r}, has other {' and '.join(differs)}. "
     text += "Load that merged model." if about.get("merged") else f"Load its base, gl.load({base!r})."
     if differs == ["weights"]:
         text += " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."

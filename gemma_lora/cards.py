@@ -35,10 +35,8 @@ def model_card(model, *, kind: str = "keras") -> str:
     lines += ["tags: [gemma, lora]", "---", "", f"# {base}" + (", tuned with LoRA" if lora or run else ""), ""]
     load = _IMPORTS.get(kind, "import gemma_lora as gl"), _LOAD[kind].format(base=base)
     if merge and kind == "adapter":
-        load = (
-            load[0],
-            f"# the base is {base} with another adapter merged: save it, too\n{_LOAD[kind].format(base='it')}",
-        )
+        first = f"# the base is {base} with another adapter merged into it: save that model, too"
+        load = load[0], first, _LOAD[kind].format(base="the-merged-model")
     lines += ["## Load it", "", "```python", *load, "```", "", "## What it is", ""]
     kin = "a small teaching model, none of Google's" if tiny else "a model of the Gemma family"
     lines += [f"- Base: `{base}`, {kin}."]

@@ -109,9 +109,8 @@ def _verified(model, folder: Path, verify: bool | None, size: int) -> tuple[str,
         if single and tokenizer.decode(new).strip() != answer:
             raise RuntimeError(f"Transformers answers {prompt!r} otherwise: {tokenizer.decode(new)!r}, not {answer!r}.")
     worst, share = max(differences), max(shares)
-    if (
-        worst > 1e-4 if single else share > 0.1
-    ):  # half precision rounds away 1 to 2 %; what is wrong differs by far more
+    # Half precision alone moved logits by 0.5 to 1.1 %, a wrong config by 9 % and more. NaN is within no limit.
+    if not (worst <= 1e-4 if single else share <= 0.05):
         raise RuntimeError(f"Transformers reads {folder}, but logits differ by {worst:.1e} ({share:.1%} of them).")
     what = f"the same greedy tokens and logits within {worst:.1e}"
     if not single:

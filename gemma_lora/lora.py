@@ -71,6 +71,11 @@ def linear_layers(model) -> dict[str, keras.Layer]:
     return found
 
 
+def target_names(model) -> list[str]:
+    """The names of the layers that can take an adapter, in the order of `ALL_LINEAR`."""
+    return sorted({layer.name for layer in linear_layers(model).values()}, key=ALL_LINEAR.index)
+
+
 def lora_layers(model) -> dict[str, keras.Layer]:
     """The layers that have an adapter, by path."""
     return {path: layer for path, layer in linear_layers(model).items() if layer.lora_enabled}
@@ -126,7 +131,7 @@ def enable_lora(
     """
     state = state_of(model)
     layers = linear_layers(model)
-    names = resolve_targets(targets, sorted({layer.name for layer in layers.values()}, key=ALL_LINEAR.index))
+    names = resolve_targets(targets, target_names(model))
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank is a whole number, 1 or more. Received: rank={rank!r}")
     alpha = float(rank if alpha is None else alpha)

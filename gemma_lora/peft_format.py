@@ -113,10 +113,11 @@ def read(model, folder: Path) -> tuple[dict, dict]:
             tensors[f"{path}/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
             tensors[f"{path}/b"] = np.pad(b, [(0, more), (0, 0)]) * (1.0 if same else scales.get(path, 1.0))
     alpha = float(rank * next(iter(scales.values()))) if same else float(rank)
-    found = {"rank": rank, "alpha": alpha, "targets": sorted(targets, key=[*NAMES].index), "seed": None, "run": None}
+    found = {"run": None}
     if (folder / _ABOUT).is_file():
         found |= json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    return found, tensors
+    targets = sorted(targets, key=[*NAMES].index)
+    return found | {"rank": rank, "alpha": alpha, "targets": targets, "seed": None}, tensors
 
 
 def _of(module: str, config: dict, pattern: str, key: str):

@@ -131,11 +131,8 @@ def _choose(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     files, left_out = {}, set()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         name, parts = file.relative_to(folder).as_posix(), file.relative_to(folder).parts
-        if (
-            re.fullmatch(_SENT, name)
-            and not file.is_symlink()
-            and not any(re.fullmatch(_NEVER, part) for part in parts)
-        ):
+        never = file.is_symlink() or any(re.fullmatch(_NEVER, part) for part in parts)
+        if re.fullmatch(_SENT, name) and not never:
             files[name] = file.stat().st_size
         else:
             left_out.add(name if len(parts) == 1 or parts[0] == "assets" else f"{parts[0]}/")

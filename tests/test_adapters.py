@@ -81,7 +81,8 @@ def test_on_a_merged_model_an_adapter_of_the_base_is_refused_with_the_way_out(ra
             gl.load_adapter(model, tmp_path / source)
     gl.enable_lora(model, rank=2)
     gl.save_adapter(model, tmp_path / "second")
-    assert "with another adapter merged" in (tmp_path / "second/README.md").read_text()
+    card = (tmp_path / "second/README.md").read_text()
+    assert "with another adapter merged" in card and "gl.load('the-merged-model')" in card
     gl.load_adapter(model, tmp_path / "second")
     assert np.array_equal(logits(model), merged)
     with pytest.raises(ValueError, match=r"has other weights\. Load that merged model"):

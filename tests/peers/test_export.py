@@ -130,10 +130,20 @@ def test_the_export_verifies_itself(family, tmp_path, capfd):
     assert "Loading weights" not in capfd.readouterr().err
 
 
-def test_an_export_that_reads_otherwise_is_an_error(tmp_path, monkeypatch):
-    model = random_gemma("gemma2")
-    config = gl.export_transformers.__globals__["transformers_config"](model) | {"query_pre_attn_scalar": 3}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [{"query_pre_attn_scalar": 3}, {"hidden_activation": "relu"}])
+def test_an_export_that_reads_otherwise_is_an_error(tmp_path, monkeypatch, dtype, wrong):
+    model = random_gemma("gemma2", dtype=dtype)
+    assert gl.export_transformers(model, tmp_path, verify=True).difference < 0.1
+    config = gl.export_transformers.__globals__["transformers_config"](model) | wrong
     monkeypatch.setitem(gl.export_transformers.__globals__, "transformers_config", lambda model: config)
+    with pytest.raises(RuntimeError, match=r"otherwise|differ"):
+        gl.export_transformers(model, tmp_path, verify=True)
+
+
+def test_an_export_whose_logits_are_no_numbers_is_an_error(tmp_path):
+    model = random_gemma("gemma")
+    model.backbone.layer_norm.scale.assign(model.backbone.layer_norm.scale * np.nan)
     with pytest.raises(RuntimeError, match=r"otherwise|differ"):
         gl.export_transformers(model, tmp_path, verify=True)
 
