@@ -1,12 +1,14 @@
-# `make` lists what there is. Every target makes its own .venv first, once, and again when pyproject.toml changes.
+# `make` lists what there is. Every target makes its own .venv first, once, and again when
+# pyproject.toml or lock.txt changes: exact versions of everything, so that a clone made next year gets the same.
 PYTHON ?= python3
 PRESET ?= tiny_gemma_en
 COLAB_FREEZE ?= ../shared/colab/pip-freeze-cpu-2026-08-19.txt
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint lock.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-peers test-colab lint notebooks bench set-repo test-browser
+.PHONY: help demo test test-full test-peers test-colab lint notebooks bench lock set-repo test-browser
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "%-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +44,11 @@ bench: .venv/.peers  ## measure what the README's tables say: results, and speed
 	$(BIN)/python tests/benchmarks/small_world.py
 	$(BIN)/python tests/benchmarks/training.py
 
+lock: .venv/.dev  ## resolve the newest versions that go together, for Python 3.11 to 3.13, and write lock.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --all-extras --fork-strategy fewest \
+		--upgrade --no-annotate --no-emit-index-url --custom-compile-command "make lock" --output-file lock.txt
+
 set-repo:  ## write the public address of the repository wherever it is needed: REPO=owner/name
 	@$(PYTHON) tests/set_repo.py "$$REPO"
 
@@ -49,14 +56,14 @@ set-repo:  ## write the public address of the repository wherever it is needed: 
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'gemma_lora needs Python 3.11 to 3.13: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv --clear .venv
 
-.venv/.dev: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+.venv/.dev: pyproject.toml lock.txt | .venv/bin/python
+	$(INSTALL) --editable ".[dev]"
 	@touch $@
 
 .venv/.browser: .venv/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,browser]"
+	$(INSTALL) --editable ".[dev,browser]"
 	@touch $@
 
 .venv/.peers: .venv/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,peers]"
+	$(INSTALL) --editable ".[dev,peers]"
 	@touch $@
