@@ -5,15 +5,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gemma_lora.batches import Batches, Encoded, encode, shift_for_next_token
+from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.loss import stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import state_of
-from gemma_lora.sampling import generate, template_of
+from gemma_lora.models import state_of, template_of
+from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import text_pieces
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.tokens import Encoded, encode, shift_for_next_token, tokenizer_of
 
 
 @dataclass(frozen=True, repr=False)

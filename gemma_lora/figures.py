@@ -8,11 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gemma_lora.evaluation import Evaluation
-from gemma_lora.geometry import Parts
 from gemma_lora.lora import lora_layers
-from gemma_lora.memory import DEVICES, MemoryBudget
-
-_BASE, _TUNED, _CUT = "#9aa5b1", "#1a73e8", "#d93025"
+from gemma_lora.memory import DEVICES, MemoryBudget, Parts
+from gemma_lora.progress import BASE, CUT, TUNED, finished, plot_losses
 
 
 def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) -> Figure:
@@ -21,14 +19,14 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
     if lengths.size == 0:
         raise ValueError("There are no lengths to plot.")
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.hist(lengths, bins=min(40, max(1, int(np.ptp(lengths)))), color=_TUNED, alpha=0.8)
+    axes.hist(lengths, bins=min(40, max(1, int(np.ptp(lengths)))), color=TUNED, alpha=0.8)
     axes.set(xlabel="tokens in a record", ylabel="records")
     title = f"{lengths.size:,} records: median {np.median(lengths):.0f} tokens, longest {lengths.max():,}"
     if sequence_length is not None:
-        axes.axvline(sequence_length, color=_CUT, linestyle="--", label=f"sequence length {sequence_length}")
+        axes.axvline(sequence_length, color=CUT, linestyle="--", label=f"sequence length {sequence_length}")
         axes.legend(frameon=False)
         title += f"; {np.mean(lengths > sequence_length):.1%} longer than {sequence_length}"
-    return _finished(figure, axes, title)
+    return finished(figure, axes, title)
 
 
 def plot_history(history) -> Figure:
@@ -37,17 +35,6 @@ def plot_history(history) -> Figure:
     curve = getattr(history, "curve", None) or [*zip(epochs, history.history["loss"], strict=True)]
     epochs[-1] = curve[-1][0]  # a run that was stopped ended within an epoch
     return plot_losses(curve, [*zip(epochs, history.history.get("val_loss", []), strict=False)])
-
-
-def plot_losses(training: Sequence, held_out: Sequence = (), *, epochs: float | None = None) -> Figure:
-    """Show losses in nats a token, pairs of (epochs done, loss), on an axis of as many epochs."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.plot(*zip(*(training or [(np.nan, np.nan)]), strict=True), marker=".", label="training", color=_BASE)
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o", label="held out, after the epoch", color=_TUNED)
-    axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, epochs and 1.02 * epochs), ylim=(0, None))
-    axes.legend(frameon=False)
-    return _finished(figure, axes, "Loss per real token")
 
 
 def plot_lora(model, path: str | None = None) -> Figure:
@@ -87,7 +74,7 @@ def plot_before_after(before: Evaluation, after: Evaluation, *, title: str = "")
         raise ValueError(f"before and after asked the same. Received: {[*before.asked]} and {[*after.asked]}")
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     places = np.arange(len(before.asked))
-    for shift, result, label, color in ((-0.2, before, "before", _BASE), (0.2, after, "after", _TUNED)):
+    for shift, result, label, color in ((-0.2, before, "before", BASE), (0.2, after, "after", TUNED)):
         shares = np.array([result.share(name) for name in before.asked])
         low, high = np.array([result.interval(name) for name in before.asked]).T
         reach = [shares - low, high - shares]
@@ -96,7 +83,7 @@ def plot_before_after(before: Evaluation, after: Evaluation, *, title: str = "")
     axes.set(xticks=places, xticklabels=list(before.asked), ylim=(0, 1.2), yticks=[0, 0.5, 1], ylabel="share right")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _finished(figure, axes, title or "Answers right, word for word (whiskers: 95 % intervals)")
+    return finished(figure, axes, title or "Answers right, word for word (whiskers: 95 % intervals)")
 
 
 def plot_bars(values: Mapping[str, float], *, title: str = "", form: str = "{:.2f}") -> Figure:
@@ -104,12 +91,12 @@ def plot_bars(values: Mapping[str, float], *, title: str = "", form: str = "{:.2
     if not values:
         raise ValueError("There are no values to plot.")
     figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(values)), layout="constrained")
-    bars = axes.barh(list(values), list(values.values()), 0.7, color=_TUNED)
+    bars = axes.barh(list(values), list(values.values()), 0.7, color=TUNED)
     axes.bar_label(bars, fmt=form, padding=3)
     axes.invert_yaxis()
     axes.set(xticks=[], xlim=(0, 1.12 * max(values.values()) or 1))
     axes.spines["bottom"].set_visible(False)
-    return _finished(figure, axes, title)
+    return finished(figure, axes, title)
 
 
 def plot_memory(budget: MemoryBudget) -> Figure:
@@ -131,13 +118,13 @@ def plot_memory(budget: MemoryBudget) -> Figure:
     shown = {name: size for name, size in DEVICES.items() if size < 2 * left.max()}
     axes.set_xlim(0, max([1.15 * left.max(), *(1.05 * size for size in shown.values())]))
     for device, size in shown.items():
-        axes.axvline(size, color=_CUT, linestyle="--")
-        axes.annotate(device, (size, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=_CUT)
+        axes.axvline(size, color=CUT, linestyle="--")
+        axes.annotate(device, (size, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=CUT)
     axes.set_xlabel("GiB")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     need = budget.need
     title = f"{need.preset}, {need.dtype}, {need.batch_size} x {need.sequence_length} tokens\n"
-    return _finished(figure, axes, title)
+    return finished(figure, axes, title)
 
 
 def _answering(parts: Parts, generation: int) -> Parts:
@@ -146,12 +133,5 @@ def _answering(parts: Parts, generation: int) -> Parts:
     return replace(kept, activations=generation - kept.total)
 
 
-_PARTS = dict(weights=_BASE, adapters="#1a73e8", gradients="#0b3d91", optimizer="#7b1fa2")
+_PARTS = dict(weights=BASE, adapters="#1a73e8", gradients="#0b3d91", optimizer="#7b1fa2")
 _PARTS |= dict(activations="#34a853", logits="#e8710a")
-
-
-def _finished(figure: Figure, axes, title: str) -> Figure:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # the notebook shows what a cell returns; left open, it would show twice
-    return figure

@@ -8,8 +8,9 @@ from typing import Any
 import keras
 import keras_hub
 
-from gemma_lora.access import fetch
+from gemma_lora.access.fetch import fetch
 from gemma_lora.runtime import quiet, return_memory
+from gemma_lora.templates import Template
 
 TINY = "tiny_gemma_en"
 TINY_VOCABULARY = 2048  # no published Gemma has so few tokens
@@ -86,6 +87,12 @@ def state_of(model) -> State:
     if not hasattr(model, "gemma_lora"):
         model.gemma_lora = State(preset=model.name, settings=recommended(model.name))
     return model.gemma_lora
+
+
+def template_of(model) -> str | Template:
+    """The template of the model's training run, or the one recommended for it."""
+    state = state_of(model)
+    return state.run["template"] if state.run else state.settings.template
 
 
 def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.models.CausalLM:

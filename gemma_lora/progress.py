@@ -4,14 +4,16 @@ import collections
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from gemma_lora.batches import Batches
-from gemma_lora.figures import plot_losses
 
+BASE, TUNED, CUT = "#9aa5b1", "#1a73e8", "#d93025"
 _PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}  # seconds from one line to the next
 
 
@@ -198,3 +200,21 @@ class LossCurve(keras.callbacks.Callback):
                     f"on the records {rows}. The adapters are as they were before this call. Try a lower "
                     "learning_rate; if that does not help, dtype='float32', and look at these records."
                 )
+
+
+def plot_losses(training: Sequence, held_out: Sequence = (), *, epochs: float | None = None) -> Figure:
+    """Show losses in nats a token, pairs of (epochs done, loss), on an axis of as many epochs."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    axes.plot(*zip(*(training or [(np.nan, np.nan)]), strict=True), marker=".", label="training", color=BASE)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", label="held out, after the epoch", color=TUNED)
+    axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, epochs and 1.02 * epochs), ylim=(0, None))
+    axes.legend(frameon=False)
+    return finished(figure, axes, "Loss per real token")
+
+
+def finished(figure: Figure, axes, title: str) -> Figure:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.close(figure)  # the notebook shows what a cell returns; left open, it would show twice
+    return figure

@@ -12,15 +12,15 @@ import keras
 from keras import ops
 
 from gemma_lora import runtime
-from gemma_lora.batches import Batches, Encoded, encode
+from gemma_lora.batches import Batches
 from gemma_lora.checkpoints import Checkpoints
 from gemma_lora.lora import adapter_weights, adapters_off, fingerprints
 from gemma_lora.loss import optimizer_for, stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import recommended, state_of
+from gemma_lora.models import recommended, state_of, template_of
 from gemma_lora.progress import LossCurve, Progress
-from gemma_lora.sampling import template_of
 from gemma_lora.templates import get_template
+from gemma_lora.tokens import Encoded, encode
 
 
 def fit(

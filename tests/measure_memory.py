@@ -18,7 +18,7 @@ gl.setup(seed=0)
 import jax
 import keras
 import keras_hub
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.tokens import tokenizer_of
 from gemma_lora.models import state_of
 
 MIB = 2**20

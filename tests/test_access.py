@@ -23,8 +23,9 @@ from huggingface_hub import constants
 from kaggle_server import KaggleServer, serving
 
 import gemma_lora as gl
-from gemma_lora import access, credentials
-from gemma_lora.access import AccessError
+from gemma_lora.access import fetch as access
+from gemma_lora.access import kaggle as credentials
+from gemma_lora.access.fetch import AccessError
 from gemma_lora.models import TINY, TINY_FOLDER
 from gemma_lora.records import DOLLY
 
@@ -544,7 +545,7 @@ for preset in sys.argv[1:]:
     try:
         gl.load(preset)
         print("loaded", preset)
-    except gl.access.AccessError as error:
+    except access.AccessError as error:
         print(error.reason, error)
 train, held_out = gl.load_dolly(rows=3, or_tiny_world=True)
 print(train.num_rows, "rows:", train[0]["instruction"])

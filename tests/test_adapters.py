@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora.adapters import _checksum, _tensors
+from gemma_lora.formats.adapter import _checksum, _tensors
 from gemma_lora.lora import ALL_LINEAR, lora_layers
 from gemma_lora.sampling import template_of
 

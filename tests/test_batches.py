@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_lora.batches import Batches, Encoded, Example, encode, shift_for_next_token, show_tokens
+from gemma_lora.batches import Batches
 from gemma_lora.templates import text_pieces
-from gemma_lora.tokenizer import load_tokenizer, tokenizer_of
+from gemma_lora.tokens import Encoded, Example, encode, load_tokenizer, shift_for_next_token, show_tokens, tokenizer_of
 
 RECORDS = [
     {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},

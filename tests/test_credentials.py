@@ -24,7 +24,7 @@ from kagglehub import config
 from nbclient import NotebookClient
 
 import gemma_lora as gl
-from gemma_lora import credentials
+from gemma_lora.access import kaggle as credentials
 
 FOLDER = Path(gl.__file__).parent / "tiny" / "tiny_gemma_en"
 HANDLE = "keras/gemma/keras/gemma_2b_en/3"

@@ -9,9 +9,10 @@ from safetensors.numpy import load_file, save_file
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora import cards, transformers_format
-from gemma_lora.merging import merged_kernel
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.formats import card as cards
+from gemma_lora.formats import transformers as transformers_format
+from gemma_lora.lora import merged_kernel
+from gemma_lora.tokens import tokenizer_of
 
 
 def tuned(model, **options):

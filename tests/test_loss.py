@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gemma_lora as gl
-from gemma_lora.batches import Batches, encode
+from gemma_lora.batches import Batches
 from gemma_lora.loss import CHUNK, chunked_cross_entropy, trainer_of
+from gemma_lora.tokens import encode
 
 
 def plain(project, hidden, targets, weights):

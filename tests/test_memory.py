@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 import gemma_lora as gl
 from gemma_lora import memory
-from gemma_lora.geometry import GEOMETRIES, Need, Parts
 from gemma_lora.lora import ALL_LINEAR
-from gemma_lora.memory import DEVICES, GIB
+from gemma_lora.memory import DEVICES, GEOMETRIES, GIB, Need, Parts
 from gemma_lora.models import recommended
 
 HERE = Path(__file__).parent

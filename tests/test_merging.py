@@ -4,7 +4,7 @@ from families import FAMILIES
 from test_lora import logits, randomize_adapters
 
 import gemma_lora as gl
-from gemma_lora import merging
+from gemma_lora import lora as merging
 from gemma_lora.lora import lora_layers
 from gemma_lora.sampling import template_of
 

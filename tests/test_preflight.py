@@ -12,7 +12,9 @@ from hub_server import HANG, HANG_UP, RESET
 from kaggle_server import KaggleServer, serving
 
 import gemma_lora as gl
-from gemma_lora import credentials, memory, preflight
+from gemma_lora import checks as preflight
+from gemma_lora import memory
+from gemma_lora.access import kaggle as credentials
 from gemma_lora.models import TINY_FOLDER
 from gemma_lora.records import DOLLY
 

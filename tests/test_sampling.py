@@ -6,7 +6,7 @@ from families import FAMILIES
 
 import gemma_lora as gl
 from gemma_lora import sampling
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.tokens import tokenizer_of
 
 QUESTION = "What is the capital of France?"
 

@@ -31,7 +31,9 @@ from nbclient import NotebookClient
 from test_credentials import FOLDER, PLACES, home, kaggle  # noqa: F401
 
 import gemma_lora as gl
-from gemma_lora import access, credentials, preflight
+from gemma_lora import checks as preflight
+from gemma_lora.access import fetch as access
+from gemma_lora.access import kaggle as credentials
 
 SEARCHED: collections.Counter = collections.Counter()
 PRESET = "gemma_2b_en"

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_lora.templates import TEMPLATES, Template, get_template, text_pieces
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.tokens import tokenizer_of
 
 # Text with control words in it more often than chance would have them.
 WORDS = st.sampled_from(["<start_of_turn>", "<end_of_turn>", "<eos>", "<bos>", "<", "start_of_turn>", "user\n", "é🙂"])

@@ -1,8 +1,7 @@
 import pytest
 from test_batches import RECORDS
 
-from gemma_lora.batches import encode
-from gemma_lora.tokenizer import load_tokenizer
+from gemma_lora.tokens import encode, load_tokenizer
 
 
 def test_a_model_without_tokenizer_is_refused(random_model):

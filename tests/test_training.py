@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gemma_lora as gl
-from gemma_lora.batches import Batches, encode
+from gemma_lora.batches import Batches
 from gemma_lora.lora import lora_layers
 from gemma_lora.loss import trainer_of
+from gemma_lora.tokens import encode
 
 DOLLY = Path(__file__).parents[2] / "shared/data/dolly_open_qa_3000.jsonl"
 

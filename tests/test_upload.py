@@ -17,9 +17,10 @@ from kaggle_server import KaggleServer, serving
 from safetensors.numpy import save_file
 
 import gemma_lora as gl
-from gemma_lora.access import AccessError
+from gemma_lora.access.fetch import AccessError
+from gemma_lora.access.kaggle import THREE_WAYS
+from gemma_lora.formats.upload import Upload
 from gemma_lora.models import TINY_FOLDER
-from gemma_lora.sharing import Upload
 
 HANDLE, REPO = "ada/tiny-lora/keras/trips_v1.0", "ada/tiny_lora"
 URI = {"kaggle": f"kaggle://{HANDLE}", "hf": f"hf://{REPO}"}
@@ -172,7 +173,7 @@ def refused(folder, uri, **options) -> AccessError:
     error, sentence = raised.value, str(raised.value)
     assert error.__cause__ is None and error.__context__ is None
     assert not any(secret in sentence + repr(error) for secret in SECRETS), sentence
-    own = sentence.replace(gl.credentials.THREE_WAYS, "")
+    own = sentence.replace(THREE_WAYS, "")
     assert own.count(". ") <= 3 and "gl.load" not in own and len(own) < 500, own
     return error
 

@@ -119,7 +119,7 @@ def ours(folder, rows, repeats, length, loss_on, dtype):
     gl.setup(seed=0)
     import keras
 
-    from gemma_lora.batches import encode
+    from gemma_lora.tokens import encode
 
     model = gl.load(folder / "keras", dtype=dtype)
     gl.enable_lora(model, rank=4)
@@ -279,7 +279,7 @@ def scale(folder, rows, repeats):
     gl.enable_lora(model, rank=4)
     data, ends = gl.load_records(folder / "texts.jsonl").select(range(rows)), [time.monotonic()]
     clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.monotonic()))
-    from gemma_lora.batches import encode
+    from gemma_lora.tokens import encode
 
     tokens = int(encode(model, data).lengths.sum())
     gl.fit(model, data, epochs=1 + repeats, callbacks=[clock], verbose=0)

@@ -16,7 +16,7 @@ from test_lora import randomize_adapters
 import gemma_lora as gl
 from gemma_lora.lora import ALL_LINEAR
 from gemma_lora.templates import text_pieces
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.tokens import tokenizer_of
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
-from gemma_lora.batches import encode
 from gemma_lora.lora import lora_layers
-from gemma_lora.tokenizer import tokenizer_of
+from gemma_lora.tokens import encode, tokenizer_of
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")

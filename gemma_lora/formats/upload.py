@@ -11,11 +11,9 @@ import kagglehub
 import requests
 from huggingface_hub.utils import validate_repo_id
 
-from gemma_lora.access import AccessError, explain
-from gemma_lora.credentials import THREE_WAYS, share_colab_secrets, timeouts
+from gemma_lora.access.fetch import AccessError, Source, explain
+from gemma_lora.access.kaggle import THREE_WAYS, check_hub_token, hide, share_colab_secrets, timeouts, used_place
 from gemma_lora.models import TINY, TINY_VOCABULARY
-from gemma_lora.places import check_hub_token, hide, used_place
-from gemma_lora.sources import Source
 from gemma_lora.tables import ShowsAsTable, Table
 
 _ADDRESS = r"kaggle://[\w-]+/[\w-]+/\w+/[\w.-]+|hf://[\w.-]+/[\w.-]+"

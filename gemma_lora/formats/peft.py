@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from gemma_lora.cards import about, model_card, write_card
-from gemma_lora.export import Exported, sizes
+from gemma_lora.formats.card import about, model_card, write_card
+from gemma_lora.formats.transformers import NAMES, Exported, sizes, write_json
 from gemma_lora.lora import kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import state_of
-from gemma_lora.transformers_format import NAMES, write_json
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight")
 _ABOUT = "gemma_lora.json"  # which base, and the record of training: PEFT has no place for them

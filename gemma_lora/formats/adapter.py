@@ -13,9 +13,10 @@ import h5py
 import numpy as np
 from safetensors.numpy import load, save
 
-from gemma_lora import cards, peft_format
+from gemma_lora.formats import card, peft
 from gemma_lora.lora import (
     LoraSummary,
+    detach,
     enable_lora,
     fingerprints,
     kernel_shape,
@@ -24,7 +25,6 @@ from gemma_lora.lora import (
     resolve_targets,
     target_names,
 )
-from gemma_lora.merging import detach
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template
 
@@ -47,14 +47,14 @@ def save_adapter(model, folder: str | Path) -> Path:
         raise ValueError("The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first.")
     folder = Path(folder).expanduser()
     tensors = save({name: np.asarray(weight.value, dtype="float32") for name, weight in _tensors(model).items()})
-    about = {"format": FORMAT, **cards.about(model)}
+    about = {"format": FORMAT, **card.about(model)}
     about |= {"rank": state.lora.rank, "alpha": state.lora.alpha, "targets": [*state.lora.targets]}
     about["seed"] = state.lora.seed
     about["versions"] = {name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")}
     text = json.dumps(about | {"checksum": _checksum(about, tensors)}, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     _replace({folder / "adapter.safetensors": tensors, folder / "adapter.json": text.encode()})
-    cards.write_card(folder, cards.model_card(model, kind="adapter"))
+    card.write_card(folder, card.model_card(model, kind="adapter"))
     return folder
 
 
@@ -85,7 +85,7 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
         about, tensors = _read(source, lambda: _read_keras(model, source))
         targets = targets or "query_value"
     elif (source / "adapter_config.json").is_file() and not (source / "adapter.json").is_file():
-        about, tensors = _read(source, lambda: peft_format.read(model, source))
+        about, tensors = _read(source, lambda: peft.read(model, source))
     else:
         about, tensors = _read(source, lambda: _read_own(source))
     _check_targets(model, source, about, targets)
@@ -178,7 +178,7 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
     if wrong := [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]:
         base = about.get("base")
         raise ValueError(
-            f"The adapter in {source} does not fit this model, {cards.base_name(model)!r}. For instance {wrong[0]!r}: "
+            f"The adapter in {source} does not fit this model, {card.base_name(model)!r}. For instance {wrong[0]!r}: "
             f"the model takes shape {expected.get(wrong[0])}, the file has {found.get(wrong[0])}."
             + (f" It was made for {base!r}: gl.load({base!r})." if base else "")
         )
@@ -199,7 +199,7 @@ def _check_base(model, source: Path, about: dict, force: bool) -> None:
         )
     text = f"The adapter in {source} was made for {base!r}"
     text += ", with another adapter merged into it" if about.get("merged") else ""
-    text += f"; this model, {cards.base_name(model)!r}, has other {' and '.join(differs)}. "
+    text += f"; this model, {card.base_name(model)!r}, has other {' and '.join(differs)}. "
     text += "Load that merged model." if about.get("merged") else f"Load its base, gl.load({base!r})."
     if differs == ["weights"]:
         text += " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."

@@ -15,13 +15,11 @@ import keras
 import psutil
 from packaging.requirements import Requirement
 
-from gemma_lora.access import AccessError, explain
-from gemma_lora.credentials import THREE_WAYS, share_colab_secrets, timeouts, whose
+from gemma_lora.access.fetch import AccessError, Source, explain
+from gemma_lora.access.kaggle import THREE_WAYS, check_hub_token, hide, share_colab_secrets, timeouts, used_place, whose
 from gemma_lora.memory import GIB, memory_budget
 from gemma_lora.models import TINY, local_folder
-from gemma_lora.places import check_hub_token, hide, used_place
 from gemma_lora.records import DOLLY
-from gemma_lora.sources import Source
 from gemma_lora.tables import ShowsAsTable, Table
 
 _PACKAGES = ("keras", "keras-hub", "jax", "kagglehub", "datasets")

@@ -1,0 +1,1 @@
+"""Below the model: how a name becomes files, and whose token opens them."""
