@@ -40,7 +40,14 @@ _NAMES_IN = {
     "formats.transformers": ("export_transformers",),
     "formats.peft": ("export_peft",),
     "formats.adapter": ("load_adapter", "save_adapter"),
-    "figures": ("plot_bars", "plot_before_after", "plot_history", "plot_lengths", "plot_lora", "plot_memory"),
+    "figures": (
+        "plot_bars",
+        "plot_before_after",
+        "plot_history",
+        "plot_lengths",
+        "plot_lora",
+        "plot_memory",
+    ),
     "formats.upload": ("upload",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names}
@@ -52,7 +59,9 @@ def __getattr__(name: str):
     if name == "exercises":
         return importlib.import_module("gemma_lora.exercises")
     if name not in _MODULE_OF:
-        raise AttributeError(f"module 'gemma_lora' has no attribute {name!r}. It has: {', '.join(__all__)}.")
+        raise AttributeError(
+            f"module 'gemma_lora' has no attribute {name!r}. It has: {', '.join(__all__)}."
+        )
     value = getattr(importlib.import_module(f"gemma_lora.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

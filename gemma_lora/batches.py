@@ -23,7 +23,12 @@ class Batches(keras.utils.PyDataset):
     """
 
     def __init__(
-        self, encoded: Encoded, *, batch_size: int | None = None, batch_tokens: int = 1024, seed: int | None = None
+        self,
+        encoded: Encoded,
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int = 1024,
+        seed: int | None = None,
     ):
         super().__init__()
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -36,7 +41,9 @@ class Batches(keras.utils.PyDataset):
             self._rows, self.shape = [[i] for i in range(len(lengths))], (batch_size, longest)
         else:
             found = []
-            for width in [longest * n for n in (1, 2, 3, 4) if n == 1 or longest * n <= batch_tokens]:
+            for width in [
+                longest * n for n in (1, 2, 3, 4) if n == 1 or longest * n <= batch_tokens
+            ]:
                 rows = _pack(lengths.tolist(), width)
                 size = min(max(1, batch_tokens // width), len(rows))
                 tokens = -(-len(rows) // size) * size * width
@@ -52,7 +59,9 @@ class Batches(keras.utils.PyDataset):
             rng = np.random.default_rng([self._seed, epoch])
             shuffled, swapped = rng.permutation(len(lengths)), np.empty(len(lengths), int)
             # Records of the same length swap places: other records share a row, and each row is as full as it was.
-            swapped[np.argsort(lengths, kind="stable")] = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+            swapped[np.argsort(lengths, kind="stable")] = shuffled[
+                np.argsort(lengths[shuffled], kind="stable")
+            ]
             rows = [swapped[rows[i]].tolist() for i in rng.permutation(len(rows))]
         self._order = [rows[i : i + self.shape[0]] for i in range(0, len(rows), self.shape[0])]
         self.epoch, self.first = epoch, step
@@ -63,7 +72,9 @@ class Batches(keras.utils.PyDataset):
 
     def tokens(self, *, learned: bool = True) -> np.ndarray:
         """Tokens in each batch of the whole epoch, those that count in the loss or all: int array (batches,)."""
-        sizes = np.array([sum(e.weights) if learned else len(e.inputs) for e in self._encoded.examples])
+        sizes = np.array(
+            [sum(e.weights) if learned else len(e.inputs) for e in self._encoded.examples]
+        )
         return np.array([sum(sizes[row].sum() for row in rows) for rows in self._order])
 
     def __len__(self) -> int:

@@ -27,7 +27,9 @@ class Checkpoints(keras.callbacks.Callback):
         curve: Points of the loss curve, saved with the rest.
     """
 
-    def __init__(self, folder: str | Path, trainer, batches: Batches, *, run: dict, curve, every: int):
+    def __init__(
+        self, folder: str | Path, trainer, batches: Batches, *, run: dict, curve, every: int
+    ):
         super().__init__()
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"checkpoint_every counts steps, 1 or more. Received: {every!r}")
@@ -36,7 +38,9 @@ class Checkpoints(keras.callbacks.Callback):
         self.epoch = self.step = 0
         self.history: dict[str, list[float]] = {}
         self._metrics = self._arrays = None
-        self._start = _digest(trainer.trainable_variables)  # of the adapters that the run began with
+        self._start = _digest(
+            trainer.trainable_variables
+        )  # of the adapters that the run began with
 
     def resume(self) -> None:
         """Go back to the newest checkpoint that can be read: sets `epoch`, `step` and `history`.
@@ -61,10 +65,15 @@ class Checkpoints(keras.callbacks.Callback):
         if found is None:
             return
         state, arrays = found
-        differs = [name for name in {**self._run, **state["run"]} if self._run.get(name) != state["run"].get(name)]
+        differs = [
+            name
+            for name in {**self._run, **state["run"]}
+            if self._run.get(name) != state["run"].get(name)
+        ]
         if differs:
             was = ", ".join(
-                f"{name}={state['run'].get(name)!r:.60} (now {self._run.get(name)!r:.60})" for name in differs
+                f"{name}={state['run'].get(name)!r:.60} (now {self._run.get(name)!r:.60})"
+                for name in differs
             )
             raise ValueError(
                 f"{self.folder} holds checkpoints of another run: {was}. Choose another checkpoint_dir, or delete it."
@@ -73,7 +82,9 @@ class Checkpoints(keras.callbacks.Callback):
         self._curve.restore(state["curve"])
         adapters = self._trainer.trainable_variables
         known = state["start"], _digest(arrays[: len(adapters)])
-        if self._start not in known and all(np.any(weight) for weight in adapters):  # new ones have no B but zero
+        if self._start not in known and all(
+            np.any(weight) for weight in adapters
+        ):  # new ones have no B but zero
             warnings.warn(
                 f"The model's adapters are replaced by those of {self.folder}: they were neither what this run began "
                 "with nor its newest. To train them, load them again and choose another checkpoint_dir.",
@@ -107,13 +118,19 @@ class Checkpoints(keras.callbacks.Callback):
 
     def _variables(self) -> list:
         trainer = self._trainer
-        return [*trainer.trainable_variables, *trainer.optimizer.variables, *trainer.metrics_variables]
+        return [
+            *trainer.trainable_variables,
+            *trainer.optimizer.variables,
+            *trainer.metrics_variables,
+        ]
 
     def _save(self) -> None:
         try:
             self._write(self._arrays)
         except OSError as error:
-            what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            what = (
+                "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            )
             warnings.warn(
                 f"No checkpoint of epoch {self.epoch + 1}, step {self.step}: {what} ({self.folder}). Training goes on.",
                 stacklevel=2,
@@ -142,7 +159,9 @@ class Checkpoints(keras.callbacks.Callback):
         for path in sorted(self.folder.glob("*.npz"), reverse=True):
             try:
                 with np.load(path, allow_pickle=False) as file:
-                    state, *arrays = (file[name] for name in file.files)  # reading checks the sums of the archive
+                    state, *arrays = (
+                        file[name] for name in file.files
+                    )  # reading checks the sums of the archive
                 state = json.loads(str(state))
                 if state["run"] == self._run and [a.shape for a in arrays] != [
                     tuple(v.shape) for v in self._variables()
@@ -155,4 +174,6 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 def _digest(weights: list) -> str:
-    return hashlib.sha256(b"".join(np.asarray(weight, "float32").tobytes() for weight in weights)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(np.asarray(weight, "float32").tobytes() for weight in weights)
+    ).hexdigest()[:16]

@@ -49,9 +49,13 @@ class Evaluation(ShowsAsTable):
         """
         chosen = categories or tuple(self.asked)
         if not chosen:
-            raise ValueError("No question was asked, so there is no share. Call gl.evaluate(..., answers=True).")
+            raise ValueError(
+                "No question was asked, so there is no share. Call gl.evaluate(..., answers=True)."
+            )
         if unknown := set(chosen) - set(self.asked):
-            raise ValueError(f"No question of category {sorted(unknown)} was asked; there are: {sorted(self.asked)}.")
+            raise ValueError(
+                f"No question of category {sorted(unknown)} was asked; there are: {sorted(self.asked)}."
+            )
         return sum(self.right[name] for name in chosen) / sum(self.asked[name] for name in chosen)
 
     def interval(self, *categories: str) -> tuple[float, float]:
@@ -66,14 +70,21 @@ class Evaluation(ShowsAsTable):
         middle = share + z**2 / (2 * n)
         reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
         low, high = (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
-        return min(low, share), max(high, share)  # at 0 and 1 rounding would leave the share itself out
+        return min(low, share), max(
+            high, share
+        )  # at 0 and 1 rounding would leave the share itself out
 
     def table(self) -> Table:
         """A row for each category, under a caption with the loss."""
         rows = []
         for name, asked in self.asked.items():
             low, high = self.interval(name)
-            row = {"category": name, "asked": asked, "right": self.right[name], "share": f"{self.share(name):.1%}"}
+            row = {
+                "category": name,
+                "asked": asked,
+                "right": self.right[name],
+                "share": f"{self.share(name):.1%}",
+            }
             rows.append(row | {"95 % interval": f"{low:.0%} to {high:.0%}"})
         caption = f"loss {self.loss:.3f} a token, perplexity {self.perplexity:.2f}, accuracy {self.token_accuracy:.1%}"
         if self.truncated or self.dropped:
@@ -117,7 +128,9 @@ def perplexity(model, texts: Sequence[str]) -> float:
     end = tokenizer.id_of("<eos>")
     texts = [texts] if isinstance(texts, str) else texts
     examples = [
-        shift_for_next_token([tokenizer.bos_id], [*tokenizer.encode(text_pieces(text)), end][:length])
+        shift_for_next_token(
+            [tokenizer.bos_id], [*tokenizer.encode(text_pieces(text)), end][:length]
+        )
         for text in texts
         if text.strip()
     ]
@@ -139,21 +152,35 @@ def _measure(model, encoded: Encoded) -> tuple[float, float]:
 
 
 def compare(
-    model, prompts: Sequence[str | Mapping], *, sampler="greedy", seed: int | None = None, max_new_tokens=None
+    model,
+    prompts: Sequence[str | Mapping],
+    *,
+    sampler="greedy",
+    seed: int | None = None,
+    max_new_tokens=None,
 ) -> Table:
     """Ask base and tuned the same, from one loaded model, side by side. The options are those of `generate`."""
     if not lora_layers(model):
-        raise ValueError("The model has no adapters, so nothing to compare. Call gl.enable_lora() and gl.fit().")
+        raise ValueError(
+            "The model has no adapters, so nothing to compare. Call gl.enable_lora() and gl.fit()."
+        )
     prompts = [prompts] if isinstance(prompts, str | Mapping) else prompts
     options = {"sampler": sampler, "seed": seed, "max_new_tokens": max_new_tokens}
     tuned = generate(model, prompts, **options)
     with adapters_off(model):
         base = generate(model, prompts, **options)
     records = [{"instruction": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-    columns = {"prompt": [record["instruction"] for record in records], "base": base, "tuned": tuned}
+    columns = {
+        "prompt": [record["instruction"] for record in records],
+        "base": base,
+        "tuned": tuned,
+    }
     if any(record.get("response") for record in records):
         columns["response"] = [record.get("response", "") for record in records]
-    return Table([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], width=40)
+    return Table(
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        width=40,
+    )
 
 
 def distinct(texts: Sequence[str], *, n: int = 2) -> float:

@@ -30,7 +30,9 @@ class Verdict:
     given: bool = True
 
     def __repr__(self) -> str:
-        return f"{'Right.' if self.right else 'Not yet.' if self.given else 'Your turn.'} {self.text}"
+        return (
+            f"{'Right.' if self.right else 'Not yet.' if self.given else 'Your turn.'} {self.text}"
+        )
 
     def _repr_html_(self) -> str:
         color = "#188038" if self.right else "#d93025" if self.given else "#1a73e8"
@@ -48,21 +50,34 @@ def template(text: str | None) -> Verdict:
     except ValueError as error:
         return Verdict(False, f"Its braces do not match: {error}.")
     if fields & {"response", "answer"}:
-        return Verdict(False, "It holds the response. When you ask there is none yet: a prompt ends where it begins.")
+        return Verdict(
+            False,
+            "It holds the response. When you ask there is none yet: a prompt ends where it begins.",
+        )
     if fields != {"instruction"}:
-        return Verdict(False, f"A question fills the field {{instruction}}, that alone. You have {sorted(fields)}.")
+        return Verdict(
+            False,
+            f"A question fills the field {{instruction}}, that alone. You have {sorted(fields)}.",
+        )
     after = text.split("{instruction}")[-1]
     if not after.strip():
-        return Verdict(False, "Nothing marks the end of the question, so the model may write more of it. Add a cue.")
+        return Verdict(
+            False,
+            "Nothing marks the end of the question, so the model may write more of it. Add a cue.",
+        )
     if after.endswith(" "):
         return Verdict(
-            False, "It ends in a space, but a word's space is part of its token: '▁Paris'. End it in a line break."
+            False,
+            "It ends in a space, but a word's space is part of its token: '▁Paris'. End it in a line break.",
         )
     if not after.endswith("\n"):
         return Verdict(
-            False, "A response would follow your cue without a space: 'Answer:Paris'. End it in a line break."
+            False,
+            "A response would follow your cue without a space: 'Answer:Paris'. End it in a line break.",
         )
-    return Verdict(True, "One field, a cue for the answer, and a line break, after which a response may start.")
+    return Verdict(
+        True, "One field, a cue for the answer, and a line break, after which a response may start."
+    )
 
 
 def loss_weights(answer: Sequence[int] | None, *, prompt: int, response: int) -> Verdict:
@@ -82,14 +97,27 @@ def loss_weights(answer: Sequence[int] | None, *, prompt: int, response: int) ->
         )
     if answer == [0] * (prompt - 1) + [1] * response:
         why = f"so {prompt - 1} zeros come before {response} ones."
-        return Verdict(True, f"The last id of the prompt already predicts the first of the response, {why}")
+        return Verdict(
+            True, f"The last id of the prompt already predicts the first of the response, {why}"
+        )
     if all(answer):
-        return Verdict(False, "So the model learns to write prompts too: that is loss_on='all'. Leave the prompt out.")
+        return Verdict(
+            False,
+            "So the model learns to write prompts too: that is loss_on='all'. Leave the prompt out.",
+        )
     if answer == [0] * prompt + [1] * (response - 1):
-        return Verdict(False, "One zero too many: the last id of the prompt predicts the first of the response.")
+        return Verdict(
+            False,
+            "One zero too many: the last id of the prompt predicts the first of the response.",
+        )
     if answer[-1] == 0:
-        return Verdict(False, "Without the last target, the end token, the model never learns to stop.")
-    return Verdict(False, "A weight is 1 where the target belongs to the response, end token included, and else 0.")
+        return Verdict(
+            False, "Without the last target, the end token, the model never learns to stop."
+        )
+    return Verdict(
+        False,
+        "A weight is 1 where the target belongs to the response, end token included, and else 0.",
+    )
 
 
 def sequence_length(answer: int | None, *, lengths: Sequence[int], cut: float = 0.05) -> Verdict:
@@ -101,14 +129,23 @@ def sequence_length(answer: int | None, *, lengths: Sequence[int], cut: float = 
         return wrong
     share = np.mean(lengths > answer)
     if answer == right:
-        return Verdict(True, f"It cuts {share:.1%}, and {right - SHAPE_STEP} would cut more than {cut:.0%}.")
+        return Verdict(
+            True, f"It cuts {share:.1%}, and {right - SHAPE_STEP} would cut more than {cut:.0%}."
+        )
     if answer % SHAPE_STEP:
-        return Verdict(False, f"Shapes are multiples of {SHAPE_STEP} tokens. Round up to the next one.")
+        return Verdict(
+            False, f"Shapes are multiples of {SHAPE_STEP} tokens. Round up to the next one."
+        )
     if answer < right:
-        middle = "Half of all records are longer than the median. " if answer <= np.median(lengths) + SHAPE_STEP else ""
+        middle = (
+            "Half of all records are longer than the median. "
+            if answer <= np.median(lengths) + SHAPE_STEP
+            else ""
+        )
         return Verdict(False, f"{middle}It cuts {share:.1%} of the records: too many.")
     return Verdict(
-        False, f"It cuts {share:.1%}, but longer is not safer: every step would compute padding. A shorter one does."
+        False,
+        f"It cuts {share:.1%}, but longer is not safer: every step would compute padding. A shorter one does.",
     )
 
 
@@ -133,7 +170,9 @@ def new_tokens(answer: int | None, *, prompt: int, max_length: int) -> Verdict:
         prompt + max_length: "max_length is not added to the prompt, it includes it.",
     }
     why = f"{max_length} - {prompt}. A longer question leaves a shorter answer; gl.generate counts new tokens instead."
-    return _number(answer, max_length - prompt, why, hints, "Take the prompt's tokens from max_length.")
+    return _number(
+        answer, max_length - prompt, why, hints, "Take the prompt's tokens from max_length."
+    )
 
 
 def distinct_share(answer: float | None, *, text: str) -> Verdict:
@@ -142,9 +181,11 @@ def distinct_share(answer: float | None, *, text: str) -> Verdict:
     pairs = len(words) - 1
     hints = {
         round(right * pairs): "That is how many pairs differ. Divide by all pairs.",
-        round(right * pairs) / len(words): f"There are {len(words)} words but only {pairs} pairs of neighbours.",
+        round(right * pairs)
+        / len(words): f"There are {len(words)} words but only {pairs} pairs of neighbours.",
         1 - right: "That is the share of repeats: 1 minus what is asked.",
-        len(set(words)) / len(words): "Those are single words (distinct-1). Count pairs of neighbours.",
+        len(set(words))
+        / len(words): "Those are single words (distinct-1). Count pairs of neighbours.",
     }
     return _number(answer, right, f"{right * pairs:.0f} different pairs of {pairs}.", hints,
                    "List the pairs of neighbouring words, and count those that differ.", within=0.007)  # fmt: skip
@@ -153,13 +194,20 @@ def distinct_share(answer: float | None, *, text: str) -> Verdict:
 def adapter_parameters(answer: int | None, *, model, rank: int) -> Verdict:
     """04: how many parameters adapters of a rank train, on query and value of all layers."""
     shape = model.backbone
-    one = (shape.num_query_heads + shape.num_key_value_heads) * shape.hidden_dim * rank + 2 * rank * shape.head_dim
+    one = (
+        shape.num_query_heads + shape.num_key_value_heads
+    ) * shape.hidden_dim * rank + 2 * rank * shape.head_dim
     right = one * shape.num_layers
     hints = {
         one: f"That is one layer. There are {shape.num_layers}.",
-        right // rank * 4: "That is rank 4. A has a column, and B a row, for each of the rank's directions.",
+        right
+        // rank
+        * 4: "That is rank 4. A has a column, and B a row, for each of the rank's directions.",
         right // rank * rank**2: "A and B each grow with the rank, not with its square.",
-        (shape.num_query_heads + shape.num_key_value_heads) * shape.hidden_dim * shape.head_dim * shape.num_layers: (
+        (shape.num_query_heads + shape.num_key_value_heads)
+        * shape.hidden_dim
+        * shape.head_dim
+        * shape.num_layers: (
             "Those are the frozen weights themselves. LoRA trains two thin factors instead."
         ),
     }
@@ -175,14 +223,22 @@ def steps(answer: int | None, *, rows: int, batch_size: int, epochs: int) -> Ver
         one: f"That is one epoch. There are {epochs}.",
         rows * epochs: f"Each step takes a batch of {batch_size} records, not one.",
         rows * batch_size * epochs: "A larger batch means fewer steps, not more: divide.",
-        rows // batch_size * epochs: "The last batch is not full, and is a step all the same: round up.",
-        math.ceil(rows * epochs / batch_size): "No batch mixes two epochs: round up in each of them.",
+        rows
+        // batch_size
+        * epochs: "The last batch is not full, and is a step all the same: round up.",
+        math.ceil(
+            rows * epochs / batch_size
+        ): "No batch mixes two epochs: round up in each of them.",
     }
     why = f"{one:,} batches an epoch, {epochs} epochs."
-    return _number(answer, one * epochs, why, hints, "Batches in an epoch (rounded up), times epochs.")
+    return _number(
+        answer, one * epochs, why, hints, "Batches in an epoch (rounded up), times epochs."
+    )
 
 
-def best_epoch(answer: int | None, *, training: Sequence[float], held_out: Sequence[float]) -> Verdict:
+def best_epoch(
+    answer: int | None, *, training: Sequence[float], held_out: Sequence[float]
+) -> Verdict:
     """04: after which epoch (counted from 1) to stop, given the two curves."""
     right = int(np.argmin(held_out)) + 1
     by_heart = "There the *training* loss is lowest: the model has learned these records by heart."
@@ -204,9 +260,15 @@ def questions_needed(answer: int | None, *, share: float, reach: float) -> Verdi
     right, worst = z**2 * share * (1 - share) / reach**2, z**2 / (4 * reach**2)
     hints = {
         round(worst): "Enough, but more than you need: that is the worst case, a share of 50 %.",
-        round(right / 4): "That reaches twice as far to each side. Half the reach takes four times the questions.",
-        round(right * 4): "That is for half the reach: it is asked for to each side, not as the whole width.",
-        round(1 / reach): "The interval shrinks with the square root of the count, not with the count.",
+        round(
+            right / 4
+        ): "That reaches twice as far to each side. Half the reach takes four times the questions.",
+        round(
+            right * 4
+        ): "That is for half the reach: it is asked for to each side, not as the whole width.",
+        round(
+            1 / reach
+        ): "The interval shrinks with the square root of the count, not with the count.",
     }
     return _number(answer, right, f"1.96² · {share:g} · {1 - share:.2g} / {reach:g}² is {right:.0f}.", hints,
                    "1.96 · sqrt(share · (1 - share) / n) is the reach. Solve for n.", within=0.1)  # fmt: skip
@@ -243,7 +305,9 @@ def rubric(table: Table, marks: Sequence[Sequence[int | None]]) -> Table:
         marks: For each row of the table three marks: 2 yes, 1 partly, 0 no, None not read yet.
     """
     if len(marks) != len(table.rows) or any(
-        not isinstance(row, Sequence) or len(row) != 3 or any(mark not in (0, 1, 2, None) for mark in row)
+        not isinstance(row, Sequence)
+        or len(row) != 3
+        or any(mark not in (0, 1, 2, None) for mark in row)
         for row in marks
     ):
         raise ValueError(
@@ -267,7 +331,9 @@ def _choice(answer, right: str, why: str, hints: dict[str, str], otherwise: str)
     text = str(answer).strip().lower()
     if text == right.lower():
         return Verdict(True, why)
-    return Verdict(False, next((hint for name, hint in hints.items() if name.lower() == text), otherwise))
+    return Verdict(
+        False, next((hint for name, hint in hints.items() if name.lower() == text), otherwise)
+    )
 
 
 def _mark(mark: int | None) -> str:
@@ -278,18 +344,24 @@ def _not_a_number(answer) -> Verdict | None:
     if answer is None:
         return _open
     try:
-        if isinstance(answer, bool | str) or not math.isfinite(answer):  # a NumPy or JAX scalar is a number, too
+        if isinstance(answer, bool | str) or not math.isfinite(
+            answer
+        ):  # a NumPy or JAX scalar is a number, too
             raise TypeError
     except TypeError:
         return Verdict(False, f"Answer with a number. You gave {answer!r:.40}.")
     return None
 
 
-def _number(answer, right: float, why: str, hints: dict[float, str], otherwise: str, within: float = 0) -> Verdict:
+def _number(
+    answer, right: float, why: str, hints: dict[float, str], otherwise: str, within: float = 0
+) -> Verdict:
     """Judge a number: right (`within` a share of it), near a wrong one that has a hint of its own, or another."""
     if (wrong := _not_a_number(answer)) is not None:
         return wrong
     if math.isclose(answer, right, rel_tol=within):
         return Verdict(True, why)
     nearest = min(hints, key=lambda value: abs(answer - value))
-    return Verdict(False, hints[nearest] if math.isclose(answer, nearest, rel_tol=within) else otherwise)
+    return Verdict(
+        False, hints[nearest] if math.isclose(answer, nearest, rel_tol=within) else otherwise
+    )

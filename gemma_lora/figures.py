@@ -23,7 +23,9 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
     axes.set(xlabel="tokens in a record", ylabel="records")
     title = f"{lengths.size:,} records: median {np.median(lengths):.0f} tokens, longest {lengths.max():,}"
     if sequence_length is not None:
-        axes.axvline(sequence_length, color=CUT, linestyle="--", label=f"sequence length {sequence_length}")
+        axes.axvline(
+            sequence_length, color=CUT, linestyle="--", label=f"sequence length {sequence_length}"
+        )
         axes.legend(frameon=False)
         title += f"; {np.mean(lengths > sequence_length):.1%} longer than {sequence_length}"
     return finished(figure, axes, title)
@@ -47,12 +49,21 @@ def plot_lora(model, path: str | None = None) -> Figure:
     """
     layers = lora_layers(model)
     if not layers or (path is not None and path not in layers):
-        raise ValueError(f"path is a layer that has an adapter, one of {[*layers]}. Received: {path!r}")
+        raise ValueError(
+            f"path is a layer that has an adapter, one of {[*layers]}. Received: {path!r}"
+        )
     path = path or next(iter(layers))
     layer = layers[path]
-    w, a, b = (np.asarray(v, "float32") for v in (layer._kernel, layer.lora_kernel_a, layer.lora_kernel_b))
+    w, a, b = (
+        np.asarray(v, "float32") for v in (layer._kernel, layer.lora_kernel_a, layer.lora_kernel_b)
+    )
     w, a = (matrix[0] if matrix.ndim == 3 else matrix for matrix in (w, a))
-    parts = {"W": (w, "frozen"), "A": (a, "trained"), "B": (b, "trained"), "A B": (a @ b, "the update")}
+    parts = {
+        "W": (w, "frozen"),
+        "A": (a, "trained"),
+        "B": (b, "trained"),
+        "A B": (a @ b, "the update"),
+    }
     figure, panels = plt.subplots(1, 4, figsize=(7, 3.6), layout="constrained")
     for axes, (name, (part, role)) in zip(panels, parts.items(), strict=True):
         rows, columns = part.shape
@@ -71,19 +82,41 @@ def plot_lora(model, path: str | None = None) -> Figure:
 def plot_before_after(before: Evaluation, after: Evaluation, *, title: str = "") -> Figure:
     """Show the share of right answers before and after tuning, by category, with 95 % intervals."""
     if not before.asked or set(before.asked) != set(after.asked):
-        raise ValueError(f"before and after asked the same. Received: {[*before.asked]} and {[*after.asked]}")
+        raise ValueError(
+            f"before and after asked the same. Received: {[*before.asked]} and {[*after.asked]}"
+        )
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     places = np.arange(len(before.asked))
-    for shift, result, label, color in ((-0.2, before, "before", BASE), (0.2, after, "after", TUNED)):
+    for shift, result, label, color in (
+        (-0.2, before, "before", BASE),
+        (0.2, after, "after", TUNED),
+    ):
         shares = np.array([result.share(name) for name in before.asked])
         low, high = np.array([result.interval(name) for name in before.asked]).T
         reach = [shares - low, high - shares]
-        bars = axes.bar(places + shift, shares, 0.38, label=label, color=color, yerr=reach, ecolor="#5f6368", capsize=3)
+        bars = axes.bar(
+            places + shift,
+            shares,
+            0.38,
+            label=label,
+            color=color,
+            yerr=reach,
+            ecolor="#5f6368",
+            capsize=3,
+        )
         axes.bar_label(bars, fmt=lambda share: f"{share:.1%}", padding=2)
-    axes.set(xticks=places, xticklabels=list(before.asked), ylim=(0, 1.2), yticks=[0, 0.5, 1], ylabel="share right")
+    axes.set(
+        xticks=places,
+        xticklabels=list(before.asked),
+        ylim=(0, 1.2),
+        yticks=[0, 0.5, 1],
+        ylabel="share right",
+    )
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return finished(figure, axes, title or "Answers right, word for word (whiskers: 95 % intervals)")
+    return finished(
+        figure, axes, title or "Answers right, word for word (whiskers: 95 % intervals)"
+    )
 
 
 def plot_bars(values: Mapping[str, float], *, title: str = "", form: str = "{:.2f}") -> Figure:
@@ -103,7 +136,10 @@ def plot_memory(budget: MemoryBudget) -> Figure:
     """Show what training and answering need, part by part, beside what usual devices have."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     here = "here, compiled" if budget.compiled else "estimate"
-    bars = {f"training\n({here})": budget.parts, f"answering\n({here})": _answering(budget.parts, budget.generation)}
+    bars = {
+        f"training\n({here})": budget.parts,
+        f"answering\n({here})": _answering(budget.parts, budget.generation),
+    }
     if budget.compiled:
         bars["training\n(GPU, estimate)"] = budget.estimate
     left = np.zeros(len(bars))
@@ -112,14 +148,23 @@ def plot_memory(budget: MemoryBudget) -> Figure:
         axes.barh([*bars], sizes, 0.7, left=left, label=part, color=color)
         left += sizes
     for y, total in enumerate(left):
-        text = axes.annotate(f"{total:.3g} GiB", (total, y), xytext=(4, 0), textcoords="offset points", va="center")
+        text = axes.annotate(
+            f"{total:.3g} GiB", (total, y), xytext=(4, 0), textcoords="offset points", va="center"
+        )
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.invert_yaxis()
     shown = {name: size for name, size in DEVICES.items() if size < 2 * left.max()}
     axes.set_xlim(0, max([1.15 * left.max(), *(1.05 * size for size in shown.values())]))
     for device, size in shown.items():
         axes.axvline(size, color=CUT, linestyle="--")
-        axes.annotate(device, (size, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=CUT)
+        axes.annotate(
+            device,
+            (size, 1),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            color=CUT,
+        )
     axes.set_xlabel("GiB")
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     need = budget.need

@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,15 @@ from gemma_lora import runtime
 from gemma_lora.models import Merge, state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
-ALL_LINEAR = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+ALL_LINEAR = (
+    "query",
+    "key",
+    "value",
+    "attention_output",
+    "ffw_gating",
+    "ffw_gating_2",
+    "ffw_linear",
+)
 _SAMPLED = 256  # values of each kernel in the fingerprint of a base
 TARGETS = {"query_value": ("query", "value"), "all_linear": ALL_LINEAR}
 
@@ -51,8 +59,13 @@ class LoraSummary(ShowsAsTable):
 
     def table(self) -> Table:
         """A row for each target, and their sum."""
-        rows = [{"target": n, "layers": self.layers[n], "parameters": self.parameters[n]} for n in self.targets]
-        rows.append({"target": "all", "layers": sum(self.layers.values()), "parameters": self.trainable})
+        rows = [
+            {"target": n, "layers": self.layers[n], "parameters": self.parameters[n]}
+            for n in self.targets
+        ]
+        rows.append(
+            {"target": "all", "layers": sum(self.layers.values()), "parameters": self.trainable}
+        )
         caption = (
             f"LoRA of rank {self.rank}, alpha {self.alpha:g}: {self.trainable:,} trainable parameters beside "
             f"{self.base_parameters:,} frozen ones, {self.share:.3%} of all"
@@ -104,17 +117,29 @@ def fingerprints(model) -> dict:
         places = np.linspace(0, np.prod(kernel.shape) - 1, _SAMPLED).astype("int64")
         values = np.asarray(kernel.value[np.unravel_index(places, kernel.shape)])
         sums["weights"].update(values.astype(jnp.bfloat16).tobytes())
-    found = {"architecture": type(model.backbone).__name__, "vocabulary_size": model.backbone.vocabulary_size}
+    found = {
+        "architecture": type(model.backbone).__name__,
+        "vocabulary_size": model.backbone.vocabulary_size,
+    }
     return found | {name: digest.hexdigest()[:16] for name, digest in sums.items()}
 
 
 def adapter_weights(model) -> list[keras.Variable]:
     """A and B of each layer that has an adapter."""
-    return [weight for layer in lora_layers(model).values() for weight in (layer.lora_kernel_a, layer.lora_kernel_b)]
+    return [
+        weight
+        for layer in lora_layers(model).values()
+        for weight in (layer.lora_kernel_a, layer.lora_kernel_b)
+    ]
 
 
 def enable_lora(
-    model, *, rank: int = 4, targets="query_value", alpha: float | None = None, seed: int | None = None
+    model,
+    *,
+    rank: int = 4,
+    targets="query_value",
+    alpha: float | None = None,
+    seed: int | None = None,
 ) -> LoraSummary:
     """Freeze a model and put low-rank adapters on some of its layers.
 
@@ -138,10 +163,15 @@ def enable_lora(
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r}")
     if (present := {layer.name for layer in lora_layers(model).values()}) and state.lora is None:
-        raise ValueError(f"The model has adapters on {sorted(present)} that gl did not make. Load the model again.")
+        raise ValueError(
+            f"The model has adapters on {sorted(present)} that gl did not make. Load the model again."
+        )
     if state.lora is not None:
         old = state.lora
-        if (old.rank, old.alpha, old.targets) != (rank, alpha, names) or seed not in (None, old.seed):
+        if (old.rank, old.alpha, old.targets) != (rank, alpha, names) or seed not in (
+            None,
+            old.seed,
+        ):
             raise ValueError(
                 f"The model has adapters already: rank={old.rank}, alpha={old.alpha:g}, targets={list(old.targets)}, "
                 f"seed={old.seed}. To start afresh with others, take them off first: gl.remove_adapter(model)."
@@ -151,18 +181,29 @@ def enable_lora(
 
     seed = runtime.default_seed if seed is None else seed
     base = model.count_params()
-    state.trainable = [(part, part.trainable) for part in (*model._flatten_layers(), *model.variables)]
+    state.trainable = [
+        (part, part.trainable) for part in (*model._flatten_layers(), *model.variables)
+    ]
     for index, layer in enumerate(layers.values()):
         if layer.name in names:
-            initializer = keras.initializers.HeUniform(seed=(1000 * seed + index) % 2**32)  # each layer its own A
-            if layer.dtype_policy.name in ("bfloat16", "float16"):  # adapters learn in float32, whatever the base is
+            initializer = keras.initializers.HeUniform(
+                seed=(1000 * seed + index) % 2**32
+            )  # each layer its own A
+            if layer.dtype_policy.name in (
+                "bfloat16",
+                "float16",
+            ):  # adapters learn in float32, whatever the base is
                 layer.dtype_policy = keras.DTypePolicy(f"mixed_{layer.dtype_policy.name}")
             layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
+            if not layer.quantization_mode:  # Keras itself computes quantized layers by factors
+                layer.call = partial(_call_factored, layer)  # until `detach` takes it off
     _freeze_base(model)
     layer_counts, parameters = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for layer in lora_layers(model).values():
         layer_counts[layer.name] += 1
-        parameters[layer.name] += math.prod(layer.lora_kernel_a.shape) + math.prod(layer.lora_kernel_b.shape)
+        parameters[layer.name] += math.prod(layer.lora_kernel_a.shape) + math.prod(
+            layer.lora_kernel_b.shape
+        )
     state.lora = LoraSummary(rank, alpha, names, seed, layer_counts, parameters, base)
     return state.lora
 
@@ -175,10 +216,13 @@ def resolve_targets(targets, present: Sequence[str]) -> tuple[str, ...]:
             close = difflib.get_close_matches(str(name), [*present, *TARGETS], n=1)
             raise ValueError(
                 f"No layer is named {name!r}. This model's LoRA targets are: {', '.join(present)}; or "
-                f"{', '.join(TARGETS)} for a usual choice of them." + (f" Did you mean {close[0]!r}?" if close else "")
+                f"{', '.join(TARGETS)} for a usual choice of them."
+                + (f" Did you mean {close[0]!r}?" if close else "")
             )
     if not names:
-        raise ValueError(f"targets names at least one layer, of: {', '.join(present)}. Received: {targets!r}")
+        raise ValueError(
+            f"targets names at least one layer, of: {', '.join(present)}. Received: {targets!r}"
+        )
     return tuple(name for name in present if name in names)
 
 
@@ -201,7 +245,10 @@ def adapters_off(model) -> Iterator[None]:
     >>> with adapters_off(model):
     ...     answer = gl.generate(model, "What is the capital of Slovenia?")
     """
-    kept = [(layer.lora_kernel_b, keras.ops.copy(layer.lora_kernel_b.value)) for layer in lora_layers(model).values()]
+    kept = [
+        (layer.lora_kernel_b, keras.ops.copy(layer.lora_kernel_b.value))
+        for layer in lora_layers(model).values()
+    ]
     for b, _ in kept:
         b.assign(keras.ops.zeros(b.shape, b.dtype))
     try:
@@ -209,16 +256,6 @@ def adapters_off(model) -> Iterator[None]:
     finally:
         for b, value in kept:
             b.assign(value)
-
-
-def factored(model) -> AbstractContextManager:
-    """Within this context adapted layers compute x W + (alpha / rank) (x A) B, where Keras computes x (W + ... A B).
-
-    The sum is the same; but no update as large as W is made, nor, on the way back, a gradient as large as W. What is
-    compiled within stays so.
-    """
-    layers = [layer for layer in lora_layers(model).values() if not layer.quantization_mode]  # else Keras does it, too
-    return overridden(layers, "call", _call_factored)
 
 
 @contextmanager
@@ -270,7 +307,9 @@ def remove_adapter(model) -> None:
     """
     merges = state_of(model).merges
     if merges and merges[-1].kernels is None and not lora_layers(model):
-        raise ValueError("The adapter was merged without keep=True: load the model again, gl.load(...).")
+        raise ValueError(
+            "The adapter was merged without keep=True: load the model again, gl.load(...)."
+        )
     detach(model)
     while merges and merges[-1].kernels is not None:
         for layer, kernel in merges[-1].kernels:
@@ -292,7 +331,9 @@ def merge(model, *, keep: bool = False) -> None:
     """
     state, layers = state_of(model), lora_layers(model)
     if not layers:
-        raise ValueError("The model has no adapters to merge. Call gl.enable_lora(model) or gl.load_adapter() first.")
+        raise ValueError(
+            "The model has no adapters to merge. Call gl.enable_lora(model) or gl.load_adapter() first."
+        )
     for path, layer in layers.items():
         if layer.quantization_mode:
             raise ValueError(
@@ -319,14 +360,19 @@ def detach(model) -> None:
             layer._untrack_variable(getattr(layer, name))
             setattr(layer, name, None)
         layer.lora_enabled = False
+        vars(layer).pop("call", None)
         if layer.dtype_policy.name == f"mixed_{layer._kernel.dtype}":  # enable_lora changed it
             layer.dtype_policy = keras.DTypePolicy(layer._kernel.dtype)
-    for part, trainable in state.trainable or [(model, True)] * bool(layers):  # layers first: they set what is below
+    for part, trainable in state.trainable or [(model, True)] * bool(
+        layers
+    ):  # layers first: they set what is below
         part.trainable = trainable
     state.lora = state.trainer = state.trainable = None
     state.samplers.clear()
     for name in ("generate_function", "train_function", "test_function", "predict_function"):
-        setattr(model, name, None)  # compiled for these variables; another adapter of the same shapes would find it
+        setattr(
+            model, name, None
+        )  # compiled for these variables; another adapter of the same shapes would find it
 
 
 def merged_kernel(layer) -> np.ndarray:
@@ -339,4 +385,6 @@ def merged_kernel(layer) -> np.ndarray:
     if not layer.lora_enabled:
         return kernel
     a, b = (np.asarray(x.value, "float32") for x in (layer.lora_kernel_a, layer.lora_kernel_b))
-    return (kernel.astype("float32") + layer.lora_alpha / layer.lora_rank * (a @ b)).astype(kernel.dtype)
+    return (kernel.astype("float32") + layer.lora_alpha / layer.lora_rank * (a @ b)).astype(
+        kernel.dtype
+    )

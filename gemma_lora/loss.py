@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
-from gemma_lora.lora import factored, overridden
+from gemma_lora.lora import overridden
 from gemma_lora.models import Settings, state_of
 from gemma_lora.runtime import return_memory
 
@@ -38,7 +38,9 @@ def chunked_cross_entropy(project: Callable, hidden, targets, weights, *, gradie
     def measure(rows, targets, weights):
         logits = project(rows).astype("float32")
         truth = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        highest = jnp.max(logits, axis=1)  # an argmax would take XLA's CPU longer than all the rest here
+        highest = jnp.max(
+            logits, axis=1
+        )  # an argmax would take XLA's CPU longer than all the rest here
         losses = weights * (jax.nn.logsumexp(logits, axis=1) - truth)
         hits = (truth == highest) / jnp.sum(logits == highest[:, None], axis=1)  # a tie is shared
         return jnp.sum(losses), jnp.sum(weights * hits)
@@ -59,7 +61,10 @@ def chunked_cross_entropy(project: Callable, hidden, targets, weights, *, gradie
     size = min(CHUNK, len(targets))
     order = jnp.argsort(weights == 0, stable=True)
     room = -(-len(targets) // size) * size - len(targets)
-    parts = [jnp.pad(rows[order], [(0, room)] + [(0, 0)] * (rows.ndim - 1)) for rows in (hidden, targets, weights)]
+    parts = [
+        jnp.pad(rows[order], [(0, room)] + [(0, 0)] * (rows.ndim - 1))
+        for rows in (hidden, targets, weights)
+    ]
     parts[0] = jax.lax.stop_gradient(parts[0])
     (losses, hits), slopes = jax.lax.scan(
         chunk, (0.0, 0.0), [rows.reshape(-1, size, *rows.shape[1:]) for rows in parts]
@@ -67,7 +72,9 @@ def chunked_cross_entropy(project: Callable, hidden, targets, weights, *, gradie
     if gradient:
         slopes = slopes.reshape(-1, hidden.shape[1])[: len(targets)]
         own = jnp.vdot(hidden[order].astype("float32"), slopes.astype("float32"))
-        losses += own - jax.lax.stop_gradient(own)  # zero, with the gradient that was computed above
+        losses += own - jax.lax.stop_gradient(
+            own
+        )  # zero, with the gradient that was computed above
     return losses, hits
 
 
@@ -81,9 +88,11 @@ class TokenTrainer(keras.Model):
     def __init__(self, model):
         super().__init__(inputs=model.backbone.input, outputs=model.backbone.output)
         self._embedding = model.backbone.token_embedding
-        self._contexts = lambda: (factored(model), records_apart(model))  # Keras would track the model itself
+        self._contexts = lambda: records_apart(model)  # Keras would track the model itself
         self._steps = 0
-        self.after_step: Callable | None = None  # Keras's hooks run in other threads, or wait for the loss of each step
+        self.after_step: Callable | None = (
+            None  # Keras's hooks run in other threads, or wait for the loss of each step
+        )
         self._token_metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
 
     @property
@@ -93,14 +102,19 @@ class TokenTrainer(keras.Model):
 
     def call(self, inputs, training=None, mask=None):
         """The backbone's hidden states, shape (rows, length, width); `padding_mask` numbers the records of a row."""
-        by_factors, apart = self._contexts()
-        with by_factors, apart:
+        with self._contexts():
             return super().call(inputs, training=training, mask=mask)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Cross-entropy in nats for each token that counts; `y_pred` are the backbone's hidden states."""
-        rows = ops.reshape(y_pred, [-1, y_pred.shape[-1]]), ops.reshape(y, [-1]), ops.reshape(sample_weight, [-1])
-        losses, hits = chunked_cross_entropy(lambda h: self._embedding(h, reverse=True), *rows, gradient=training)
+        rows = (
+            ops.reshape(y_pred, [-1, y_pred.shape[-1]]),
+            ops.reshape(y, [-1]),
+            ops.reshape(sample_weight, [-1]),
+        )
+        losses, hits = chunked_cross_entropy(
+            lambda h: self._embedding(h, reverse=True), *rows, gradient=training
+        )
         tokens = ops.sum(sample_weight)
         for metric, total in zip(self._token_metrics, (losses, hits), strict=True):
             metric.total.assign_add(total)  # as update_state(values, sample_weight) would
@@ -114,8 +128,12 @@ class TokenTrainer(keras.Model):
         frozen weights away, too, and they are gone when a step fails.
         """
         adapters, optimizer, metrics = own
-        logs, (adapters, left, optimizer, metrics) = self.train_step((adapters, frozen, optimizer, metrics), data)
-        changed = {i: new for i, (old, new) in enumerate(zip(frozen, left, strict=True)) if new is not old}
+        logs, (adapters, left, optimizer, metrics) = self.train_step(
+            (adapters, frozen, optimizer, metrics), data
+        )
+        changed = {
+            i: new for i, (old, new) in enumerate(zip(frozen, left, strict=True)) if new is not old
+        }
         return logs, (adapters, optimizer, metrics), changed
 
     def _wait_for(self, arrays: list) -> None:
@@ -162,9 +180,15 @@ class TokenTrainer(keras.Model):
                     self._wait_for(state[-1])
                     logs, metrics = compiled(state, batch)
                 except BaseException:
-                    variables = self.trainable_variables, self.non_trainable_variables, self.metrics_variables
+                    variables = (
+                        self.trainable_variables,
+                        self.non_trainable_variables,
+                        self.metrics_variables,
+                    )
                     for variable, value in zip(chain(*variables), chain(*state), strict=True):
-                        variable.assign(value)  # Keras took them away for the time of the evaluation
+                        variable.assign(
+                            value
+                        )  # Keras took them away for the time of the evaluation
                     raise
                 return logs, (state[0], state[1], metrics)
 
@@ -179,7 +203,9 @@ def records_apart(model) -> AbstractContextManager:
 
     def own_record(block, x, numbers, *rest):
         causal = type(block)._compute_attention_mask(block, x, None, *rest)
-        return ops.cast(ops.logical_and(causal, numbers[:, :, None] == numbers[:, None, :]), "int32")
+        return ops.cast(
+            ops.logical_and(causal, numbers[:, :, None] == numbers[:, None, :]), "int32"
+        )
 
     return overridden(model.backbone.transformer_layers, "_compute_attention_mask", own_record)
 

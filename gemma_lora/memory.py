@@ -19,20 +19,35 @@ import keras_hub
 import psutil
 
 from gemma_lora.access.fetch import Source
-from gemma_lora.lora import ALL_LINEAR, enable_lora, factored, resolve_targets
+from gemma_lora.lora import ALL_LINEAR, enable_lora, resolve_targets
 from gemma_lora.loss import CHUNK, TokenTrainer, optimizer_for
 from gemma_lora.models import TINY, local_folder, recommended, state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
 
-def _geometry(layers: int, query: int, key_value: int, hidden: int, intermediate: int, head: int, **more) -> dict:
-    names = ("num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim", "head_dim")
-    return dict(zip(names, (layers, query, key_value, hidden, intermediate, head), strict=True)) | more
+def _geometry(
+    layers: int, query: int, key_value: int, hidden: int, intermediate: int, head: int, **more
+) -> dict:
+    names = (
+        "num_layers",
+        "num_query_heads",
+        "num_key_value_heads",
+        "hidden_dim",
+        "intermediate_dim",
+        "head_dim",
+    )
+    return (
+        dict(zip(names, (layers, query, key_value, hidden, intermediate, head), strict=True)) | more
+    )
 
 
 # The text part of every size, as the arguments of KerasHub's backbones: Gemma 1 and 2 count gate and value in
 # intermediate_dim together, Gemma 3 counts one of them. Tests compare them with KerasHub's own parameter counts.
-_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True, "use_sliding_window_attention": True}
+_NORMS = {
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+}
 _GEMMA = {"vocabulary_size": 256_000}
 _GEMMA2 = {**_GEMMA, **_NORMS, "attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
 _GEMMA3 = {
@@ -56,7 +71,11 @@ GEOMETRIES = {
     "gemma3_27b": _geometry(62, 32, 16, 5376, 21504, 128, **_GEMMA3),
 }
 _VISION = range(410_000_000, 430_000_000)  # parameters of Gemma 3's vision encoder
-BYTES = {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}  # of a weight, and of an activation
+BYTES = {
+    "float32": (4, 4),
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
+}  # of a weight, and of an activation
 BYTES |= {"mixed_bfloat16": (4, 2), "mixed_float16": (4, 2)}
 
 
@@ -102,14 +121,23 @@ class Need:
         )
         inner = g["intermediate_dim"] // (1 if self.is_gemma3 else 2)
         gate = (hidden, inner)
-        shapes = ((heads, hidden, head), (kv, hidden, head), (kv, hidden, head), (heads, head, hidden), gate, gate)
+        shapes = (
+            (heads, hidden, head),
+            (kv, hidden, head),
+            (kv, hidden, head),
+            (heads, head, hidden),
+            gate,
+            gate,
+        )
         return dict(zip(ALL_LINEAR, (*shapes, (inner, hidden)), strict=True))
 
     @property
     def parameters(self) -> int:
         """Parameters of the base: embedding, kernels and norms."""
         g = self.geometry
-        norms = (2 + g.get("use_post_ffw_norm", False) + g.get("use_post_attention_norm", False)) * g["hidden_dim"]
+        norms = (
+            2 + g.get("use_post_ffw_norm", False) + g.get("use_post_attention_norm", False)
+        ) * g["hidden_dim"]
         norms += 2 * g["head_dim"] * (self.is_gemma3 and g.get("use_query_key_norm", True))
         layer = sum(map(math.prod, self.kernels.values())) + norms
         return (g["vocabulary_size"] + 1) * g["hidden_dim"] + g["num_layers"] * layer
@@ -118,7 +146,9 @@ class Need:
     def trainable(self) -> int:
         """Parameters of the adapters: A is like the kernel but ends in rank, B is (rank, the kernel's last axis)."""
         shapes = [self.kernels[name] for name in self.targets]
-        return self.geometry["num_layers"] * sum(self.rank * (math.prod(s[:-1]) + s[-1]) for s in shapes)
+        return self.geometry["num_layers"] * sum(
+            self.rank * (math.prod(s[:-1]) + s[-1]) for s in shapes
+        )
 
     def counted(self) -> tuple[Parts, int]:
         """Estimate a training step's parts, and the peak of generation, in bytes.
@@ -130,17 +160,35 @@ class Need:
         layers, tokens = g["num_layers"], self.batch_size * self.sequence_length
         heads, queries = g["num_query_heads"], g["num_query_heads"] * g["head_dim"]
         inner = self.kernels["ffw_linear"][0]
-        a_token = 4 * g["hidden_dim"] + 4.4 * inner + 3.7 * queries + 2.3 * heads * self.sequence_length
+        a_token = (
+            4 * g["hidden_dim"] + 4.4 * inner + 3.7 * queries + 2.3 * heads * self.sequence_length
+        )
         parts = Parts(
             weights=self.parameters * weight,
             adapters=4 * self.trainable,
             gradients=4 * self.trainable,
             optimizer=8 * self.trainable,  # AdamW's two moments
             activations=int(layers * tokens * a_token * active),
-            logits=3 * 4 * min(tokens, CHUNK) * g["vocabulary_size"],  # with softmax and gradient; in float32
+            logits=3
+            * 4
+            * min(tokens, CHUNK)
+            * g["vocabulary_size"],  # with softmax and gradient; in float32
         )
-        cache = 2 * layers * self.prompts * self.sequence_length * g["num_key_value_heads"] * g["head_dim"] * active
-        at_once = self.prompts * self.sequence_length * (2 * inner + 2 * heads * self.sequence_length) * active
+        cache = (
+            2
+            * layers
+            * self.prompts
+            * self.sequence_length
+            * g["num_key_value_heads"]
+            * g["head_dim"]
+            * active
+        )
+        at_once = (
+            self.prompts
+            * self.sequence_length
+            * (2 * inner + 2 * heads * self.sequence_length)
+            * active
+        )
         return parts, parts.weights + parts.adapters + 2 * cache + at_once
 
     def compiled(self) -> tuple[Parts, int]:
@@ -155,8 +203,14 @@ class Need:
             trainer = TokenTrainer(model)
             trainer.compile(optimizer=optimizer_for(recommended(TINY)))
             trainer.optimizer.build(trainer.trainable_variables)
-            groups = trainer.trainable_variables, trainer.optimizer.variables, trainer.metrics_variables
-            return [v.value for v in trainer.non_trainable_variables], tuple([v.value for v in vs] for vs in groups)
+            groups = (
+                trainer.trainable_variables,
+                trainer.optimizer.variables,
+                trainer.metrics_variables,
+            )
+            return [v.value for v in trainer.non_trainable_variables], tuple(
+                [v.value for v in vs] for vs in groups
+            )
 
         frozen, own = jax.eval_shape(build)
 
@@ -166,17 +220,22 @@ class Need:
         rows = self.batch_size
         data = {"token_ids": array(rows, "int32"), "padding_mask": array(rows, "int32")}
         step = jax.jit(trainer.pure_step, donate_argnums=1)
-        training = step.lower(frozen, own, (data, array(rows, "int32"), array(rows, "float32"))).compile()
+        training = step.lower(
+            frozen, own, (data, array(rows, "int32"), array(rows, "float32"))
+        ).compile()
 
         def answer(frozen, adapters, inputs):
             variables = itertools.chain(
                 zip(trainer.non_trainable_variables, frozen, strict=True),
                 zip(trainer.trainable_variables, adapters, strict=True),
             )
-            with keras.StatelessScope(state_mapping=variables), factored(model):
+            with keras.StatelessScope(state_mapping=variables):
                 return model.generate_step(inputs, stop_token_ids=(1,))
 
-        prompts = {"token_ids": array(self.prompts, "int32"), "padding_mask": array(self.prompts, "bool")}
+        prompts = {
+            "token_ids": array(self.prompts, "int32"),
+            "padding_mask": array(self.prompts, "bool"),
+        }
         generation = jax.jit(answer).lower(frozen, own[0], prompts).compile()
 
         counted = self.counted()[0]
@@ -202,9 +261,14 @@ def geometry_of(name: str) -> tuple[dict, bool]:
     """The shape of a preset's text part, and whether it has a vision part beside it."""
     if folder := local_folder(name):
         config = json.loads((folder / "config.json").read_text())
-        return geometry_of_config(config.get("config", {}), config.get("class_name", "another format"), name)
+        return geometry_of_config(
+            config.get("config", {}), config.get("class_name", "another format"), name
+        )
     presets, handle = keras_hub.models.CausalLM.presets, Source(name).handle
-    known = next((p for n, p in presets.items() if n == name or p["kaggle_handle"].endswith(f"//{handle}")), None)
+    known = next(
+        (p for n, p in presets.items() if n == name or p["kaggle_handle"].endswith(f"//{handle}")),
+        None,
+    )
     count = known["metadata"].get("params", 0) if known else 0
     for geometry in GEOMETRIES.values():
         own = Need(name, geometry, 1, (), 1, 1, "float32", 1).parameters
@@ -218,9 +282,13 @@ def geometry_of(name: str) -> tuple[dict, bool]:
 
 def geometry_of_config(config: dict, class_name: str, name: str) -> tuple[dict, bool]:
     if class_name not in ("GemmaBackbone", "Gemma3Backbone"):
-        raise ValueError(f"Budgets are for Gemma 1, 2 and 3. Received: {name!r}, which is of {class_name}")
+        raise ValueError(
+            f"Budgets are for Gemma 1, 2 and 3. Received: {name!r}, which is of {class_name}"
+        )
     vision = config.get("vision_encoder") is not None
-    geometry = {key: value for key, value in config.items() if key not in ("name", "trainable", "dtype")}
+    geometry = {
+        key: value for key, value in config.items() if key not in ("name", "trainable", "dtype")
+    }
     if class_name == "Gemma3Backbone":
         geometry |= {"image_size": None, "vision_encoder": None}
     return geometry, vision
@@ -251,7 +319,9 @@ class MemoryBudget(ShowsAsTable):
     def __getattr__(self, name: str) -> int:
         if name in Parts.__dataclass_fields__:
             return getattr(self.parts, name)
-        raise AttributeError(f"A memory budget has no {name!r}. Its parts: {', '.join(Parts.__dataclass_fields__)}.")
+        raise AttributeError(
+            f"A memory budget has no {name!r}. Its parts: {', '.join(Parts.__dataclass_fields__)}."
+        )
 
     @property
     def parameters(self) -> int:
@@ -275,8 +345,13 @@ class MemoryBudget(ShowsAsTable):
             peak = max(training, generation)
             fits = "yes" if peak <= _SAFE * size else "just" if peak <= size else "no"
             row = {"device": device, "GiB": size, "training": training, "generation": generation}
-            row = {key: round(value / GIB, 2) if key != "device" else value for key, value in row.items()}
-            room = size / max(1.0, training / self.estimate.total)  # where the compiler counts more than we do
+            row = {
+                key: round(value / GIB, 2) if key != "device" else value
+                for key, value in row.items()
+            }
+            room = size / max(
+                1.0, training / self.estimate.total
+            )  # where the compiler counts more than we do
             nearest = "" if fits != "no" else self.nearest(room, bfloat16=device in DEVICES)
             found.append(row | {"from": how, "fits": fits, "nearest that fits": nearest})
         return found
@@ -293,8 +368,13 @@ class MemoryBudget(ShowsAsTable):
         for options in itertools.product(
             [(0, need.batch_size)] if answering else _halved(need.batch_size, 1),
             _halved(need.sequence_length, 64),
-            enumerate([need.dtype] + ["bfloat16"] * (bfloat16 and not answering and need.dtype == "float32")),
-            enumerate([need.targets] + [("query", "value")] * (len(need.targets) > 2 and not answering)),
+            enumerate(
+                [need.dtype]
+                + ["bfloat16"] * (bfloat16 and not answering and need.dtype == "float32")
+            ),
+            enumerate(
+                [need.targets] + [("query", "value")] * (len(need.targets) > 2 and not answering)
+            ),
             _halved(need.prompts, 1) if answering else [(0, need.prompts)],
         ):
             names = ("batch_size", "sequence_length", "dtype", "targets", "prompts")
@@ -304,13 +384,19 @@ class MemoryBudget(ShowsAsTable):
                 choices.append((sum(option[0] for option in options), len(choices), values))
         if not choices:
             return _smaller(need, capacity)
-        changed = {key: value for key, value in min(choices)[2].items() if value != getattr(need, key)}
-        return ", ".join(f"{key}={list(v) if isinstance(v, tuple) else v!r}" for key, v in changed.items())
+        changed = {
+            key: value for key, value in min(choices)[2].items() if value != getattr(need, key)
+        }
+        return ", ".join(
+            f"{key}={list(v) if isinstance(v, tuple) else v!r}" for key, v in changed.items()
+        )
 
     def table(self) -> Table:
         """A row for each device."""
         need = self.need
-        layers = "all linear layers" if len(need.targets) == len(ALL_LINEAR) else ", ".join(need.targets)
+        layers = (
+            "all linear layers" if len(need.targets) == len(ALL_LINEAR) else ", ".join(need.targets)
+        )
         text = ", its text part alone" if self.vision else ""
         caption = f"{need.preset}{text}: {need.parameters:,} parameters, {need.dtype}, rank {need.rank} on {layers}, "
         caption += f"{need.batch_size} x {need.sequence_length} tokens; in GiB"
@@ -349,7 +435,9 @@ def memory_budget(
         state = state_of(preset)
         name, dtype = state.preset, dtype or preset.backbone.dtype_policy.name
         rank, targets = (state.lora.rank, state.lora.targets) if state.lora else (rank, targets)
-        geometry, vision = geometry_of_config(preset.backbone.get_config(), type(preset.backbone).__name__, name)
+        geometry, vision = geometry_of_config(
+            preset.backbone.get_config(), type(preset.backbone).__name__, name
+        )
     else:
         name = str(preset)
         geometry, vision = geometry_of(name)
@@ -366,11 +454,15 @@ def memory_budget(
     )
     for what in ("rank", "sequence_length", "batch_size", "prompts"):
         if type(getattr(need, what)) is not int or getattr(need, what) < 1:
-            raise ValueError(f"{what} is a whole number, 1 or more. Received: {what}={getattr(need, what)!r}")
+            raise ValueError(
+                f"{what} is a whole number, 1 or more. Received: {what}={getattr(need, what)!r}"
+            )
     if need.dtype not in BYTES:
         raise ValueError(f"dtype is one of {', '.join(BYTES)}. Received: {need.dtype!r}")
     estimate = need.counted()
-    return MemoryBudget(need, *(need.compiled() if compile else estimate), *estimate, compile, vision)
+    return MemoryBudget(
+        need, *(need.compiled() if compile else estimate), *estimate, compile, vision
+    )
 
 
 def this_machine() -> tuple[str, int]:
@@ -378,7 +470,10 @@ def this_machine() -> tuple[str, int]:
     device = jax.devices()[0]
     if stats := device.memory_stats():
         return device.device_kind, stats["bytes_limit"]
-    return device.device_kind, psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return (
+        device.device_kind,
+        psutil.virtual_memory().available + psutil.Process().memory_info().rss,
+    )
 
 
 @contextmanager
@@ -388,7 +483,11 @@ def explained_out_of_memory(model, *, answering: bool, **settings) -> Iterator[N
         yield
     except Exception as error:
         text = str(error)
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
+        if (
+            not isinstance(error, MemoryError)
+            and "RESOURCE_EXHAUSTED" not in text
+            and "Out of memory" not in text
+        ):
             raise
         doing = "answering" if answering else "training"
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())
@@ -405,10 +504,14 @@ def _advice(model, answering: bool, settings: dict) -> str:
     except ValueError:  # no Gemma: no budget
         return ""
     (device, capacity), need = this_machine(), budget.generation if answering else budget.training
-    room = min(capacity, 0.8 * need)  # it did not fit, whatever the estimate says: something else takes memory, too
+    room = min(
+        capacity, 0.8 * need
+    )  # it did not fit, whatever the estimate says: something else takes memory, too
     nearest = budget.nearest(room, bfloat16=False, answering=answering)
     if answering:
-        nearest = nearest.replace("prompts=", "prompts asked at once: ").replace("sequence_length=", "tokens in all: ")
+        nearest = nearest.replace("prompts=", "prompts asked at once: ").replace(
+            "sequence_length=", "tokens in all: "
+        )
     return (
         f"By estimate that needs {need / GIB:.2f} GiB, of which {budget.weights / GIB:.2f} are weights; this device "
         f"({device}) has {capacity / GIB:.2f}. Nearest that should fit: {nearest}. "
@@ -427,9 +530,13 @@ def _smaller(need: Need, capacity: float) -> str:
         geometry = geometry_of(name)[0]
         smaller = replace(need, preset=name, geometry=geometry, batch_size=1, prompts=1)
         for dtype, length in itertools.product(("float32", "bfloat16"), (256, 128)):
-            candidate = replace(smaller, dtype=dtype, sequence_length=min(length, need.sequence_length))
+            candidate = replace(
+                smaller, dtype=dtype, sequence_length=min(length, need.sequence_length)
+            )
             parts, generation = candidate.counted()
             if candidate.parameters < need.parameters and max(parts.total, generation) <= capacity:
-                settings = f"dtype={dtype!r}, batch_size=1, sequence_length={candidate.sequence_length}"
+                settings = (
+                    f"dtype={dtype!r}, batch_size=1, sequence_length={candidate.sequence_length}"
+                )
                 return f"another preset: {name!r} with {settings}"
     return "nothing: free memory first"

@@ -23,7 +23,9 @@ class Settings:
 
     template: str = "recipe"
     learning_rate: float = 5e-5
-    wide_learning_rate: float | None = None  # where more than two kinds of layers have adapters, if it differs
+    wide_learning_rate: float | None = (
+        None  # where more than two kinds of layers have adapters, if it differs
+    )
     weight_decay: float = 0.01
     batch_tokens: int = 256  # of a step, padding included
     sequence_length: int = 256
@@ -33,7 +35,13 @@ class Settings:
 
 
 # Settings by model. The small model's were chosen on a fifth of its tuning subjects, not on the held-out ones.
-_SMALL = Settings(learning_rate=5e-3, wide_learning_rate=2e-3, batch_tokens=224, max_new_tokens=64, exact_answers=True)
+_SMALL = Settings(
+    learning_rate=5e-3,
+    wide_learning_rate=2e-3,
+    batch_tokens=224,
+    max_new_tokens=64,
+    exact_answers=True,
+)
 _SETTINGS = {TINY: _SMALL}
 
 
@@ -55,8 +63,12 @@ class State:
     local: bool = False  # whether the preset was a folder of this machine
     lora: Any = None  # the summary of enable_lora
     run: dict | None = None  # the record of the last training run
-    trainable: list | None = None  # layers and weights, and whether they trained before the adapters came
-    merges: list = field(default_factory=list)  # of each `Merge` into the kernels, the last one last
+    trainable: list | None = (
+        None  # layers and weights, and whether they trained before the adapters came
+    )
+    merges: list = field(
+        default_factory=list
+    )  # of each `Merge` into the kernels, the last one last
     tokenizer: Any = None
     trainer: Any = None
     samplers: dict = field(default_factory=dict)
@@ -75,7 +87,11 @@ def recommended(model) -> Settings:
         wide = state.lora and len(state.lora.targets) > 2 and state.settings.wide_learning_rate
         return replace(state.settings, learning_rate=wide) if wide else state.settings
     settings = _SETTINGS.get(Path(model).name, Settings())
-    return replace(settings, template="turns") if re.search(r"instruct|[-_]it([-_/]|$)", model) else settings
+    return (
+        replace(settings, template="turns")
+        if re.search(r"instruct|[-_]it([-_/]|$)", model)
+        else settings
+    )
 
 
 def state_of(model) -> State:
@@ -111,9 +127,13 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     """
     name = str(preset)
     settings = recommended(name)
-    model = from_preset(keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype))
+    model = from_preset(
+        keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype)
+    )
     model.gemma_lora = State(preset=name, settings=settings, local=local_folder(preset) is not None)
-    for block in model.backbone.transformer_layers:  # what KerasHub forgets: Gemma 2 and 3 27B divide by another root
+    for block in (
+        model.backbone.transformer_layers
+    ):  # what KerasHub forgets: Gemma 2 and 3 27B divide by another root
         block.attention.query_head_dim_normalize = getattr(block, "query_head_dim_normalize", True)
     return_memory()  # loading needs some weights twice for a while
     return model
@@ -134,10 +154,16 @@ def local_folder(preset: str | Path) -> Path | None:
     folder = TINY_FOLDER if name == TINY else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?")
+            raise ValueError(
+                f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?"
+            )
         return folder
     known = keras_hub.models.CausalLM.presets
     if name not in known and "/" not in name:
-        gemmas = ", ".join(sorted(known_name for known_name in known if known_name.startswith("gemma")))
-        raise ValueError(f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub.")
+        gemmas = ", ".join(
+            sorted(known_name for known_name in known if known_name.startswith("gemma"))
+        )
+        raise ValueError(
+            f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub."
+        )
     return None

@@ -76,7 +76,9 @@ class Progress(keras.callbacks.Callback):
         }
         for key, name in names.items():
             if key in logs:
-                text += f", {name} {logs[key]:.4f}" if "loss" in key else f", {name} {logs[key]:.1%}"
+                text += (
+                    f", {name} {logs[key]:.4f}" if "loss" in key else f", {name} {logs[key]:.1%}"
+                )
         if "val_loss" in logs:
             self._held_out.append((epoch + self._step / len(self._per_step), logs["val_loss"]))
         self._show(text, last=True)
@@ -91,7 +93,9 @@ class Progress(keras.callbacks.Callback):
         filled = 12 * self._step // steps
         text = f"Epoch {self._epoch + 1}/{self._epochs} {'━' * filled}{'─' * (12 - filled)} {self._step}/{steps}"
         if rate:
-            left = self._per_step[self._step :].sum() + self._per_step.sum() * (self._epochs - self._epoch - 1)
+            left = self._per_step[self._step :].sum() + self._per_step.sum() * (
+                self._epochs - self._epoch - 1
+            )
             minutes, seconds = divmod(int(left / rate), 60)
             loss = f", loss {self._curve.latest:.4f}" if self._curve.latest is not None else ""
             text += f", {rate:,.0f} real tokens/s{loss}, {minutes}:{seconds:02} left"
@@ -169,7 +173,10 @@ class LossCurve(keras.callbacks.Callback):
 
     def so_far(self) -> list[tuple[float, float]]:
         """The points, those of the epoch at hand included."""
-        return [*(point for point in self.points if point[0] <= self._epoch), *self._measured(self._epoch)]
+        return [
+            *(point for point in self.points if point[0] <= self._epoch),
+            *self._measured(self._epoch),
+        ]
 
     def state(self, epoch: int, step: int) -> list:
         """What `restore` takes to go on at a step of an epoch, in JSON's types."""
@@ -202,13 +209,25 @@ class LossCurve(keras.callbacks.Callback):
                 )
 
 
-def plot_losses(training: Sequence, held_out: Sequence = (), *, epochs: float | None = None) -> Figure:
+def plot_losses(
+    training: Sequence, held_out: Sequence = (), *, epochs: float | None = None
+) -> Figure:
     """Show losses in nats a token, pairs of (epochs done, loss), on an axis of as many epochs."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.plot(*zip(*(training or [(np.nan, np.nan)]), strict=True), marker=".", label="training", color=BASE)
+    axes.plot(
+        *zip(*(training or [(np.nan, np.nan)]), strict=True),
+        marker=".",
+        label="training",
+        color=BASE,
+    )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o", label="held out, after the epoch", color=TUNED)
-    axes.set(xlabel="epochs", ylabel="loss (nats a token)", xlim=(0, epochs and 1.02 * epochs), ylim=(0, None))
+    axes.set(
+        xlabel="epochs",
+        ylabel="loss (nats a token)",
+        xlim=(0, epochs and 1.02 * epochs),
+        ylim=(0, None),
+    )
     axes.legend(frameon=False)
     return finished(figure, axes, "Loss per real token")
 

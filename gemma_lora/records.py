@@ -65,18 +65,26 @@ def load_dolly(
         size = train.num_rows if rows is None else min(rows, train.num_rows)
         return train.select(range(size)), other.select([*range(min(held_out, other.num_rows))])
     if context != "keep":
-        dolly = dolly.filter(lambda text: bool(text.strip()) == (context == "only"), input_columns="context")
+        dolly = dolly.filter(
+            lambda text: bool(text.strip()) == (context == "only"), input_columns="context"
+        )
     if seed is not None:
         dolly = dolly.shuffle(seed=seed)
     rows = dolly.num_rows - held_out if rows is None else rows
     if rows < 1 or held_out < 0 or rows + held_out > dolly.num_rows:
-        raise ValueError(f"{context=}: Dolly has {dolly.num_rows:,} rows. Received: rows={rows}, held_out={held_out}")
+        raise ValueError(
+            f"{context=}: Dolly has {dolly.num_rows:,} rows. Received: rows={rows}, held_out={held_out}"
+        )
     # A list, because select() refuses an empty range that stands at the end.
     return dolly.select(range(rows)), dolly.select([*range(rows, rows + held_out)])
 
 
 def load_records(
-    source, *, columns: Mapping[str, str] | None = None, on_error: str = "raise", split: str = "train"
+    source,
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_error: str = "raise",
+    split: str = "train",
 ) -> datasets.Dataset:
     """Load records of your own, each checked, into Dolly's four text columns; a missing context or category is empty.
 
@@ -101,32 +109,45 @@ def load_records(
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error is "raise" or "skip". Received: {on_error!r}')
     if unknown := set(columns or ()) - set(COLUMNS):
-        raise ValueError(f"columns maps {', '.join(COLUMNS)} to the source's names. Received: {sorted(unknown)}")
+        raise ValueError(
+            f"columns maps {', '.join(COLUMNS)} to the source's names. Received: {sorted(unknown)}"
+        )
     good, bad = [], []
     for place, row in _rows(source, split):
         try:
             good.append(checked_record(row, columns or {}))
         except ValueError as error:
             if on_error == "raise":
-                raise ValueError(f'{place}: {error} To leave such rows out, pass on_error="skip".') from None
+                raise ValueError(
+                    f'{place}: {error} To leave such rows out, pass on_error="skip".'
+                ) from None
             bad.append(f"{place}: {error}")
     if not good:
         name = source if isinstance(source, str | Path) else f"the {type(source).__name__}"
         raise ValueError(f"No usable record in {name}. {bad[0] if bad else 'It is empty.'}")
     if bad:
         shown = "\n  ".join(bad[:3])
-        warnings.warn(f"Skipped {len(bad):,} of {len(bad) + len(good):,} rows:\n  {shown}", stacklevel=2)
+        warnings.warn(
+            f"Skipped {len(bad):,} of {len(bad) + len(good):,} rows:\n  {shown}", stacklevel=2
+        )
     return datasets.Dataset.from_list(good)
 
 
 def _from_hub(name: str, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, split=split)
-    except (ValueError, RuntimeError):  # no such split, or a data set that is a script: the network is not to blame
+    except (
+        ValueError,
+        RuntimeError,
+    ):  # no such split, or a data set that is a script: the network is not to blame
         raise
-    except Exception as error:  # a connection that breaks off is an error of httpx, which is no OSError
+    except (
+        Exception
+    ) as error:  # a connection that breaks off is an error of httpx, which is no OSError
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ConnectionError(f"Could not load the data set {name!r} from the Hub: {reason}\n{_WAYS_OUT}") from error
+        raise ConnectionError(
+            f"Could not load the data set {name!r} from the Hub: {reason}\n{_WAYS_OUT}"
+        ) from error
 
 
 def _rows(source, split: str) -> Iterator[tuple[str, object]]:
@@ -143,7 +164,9 @@ def _rows(source, split: str) -> Iterator[tuple[str, object]]:
         ):
             raise FileNotFoundError(f"There is no file {str(source)!r} in {Path.cwd()}.")
         source = _from_hub(source, split)
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # a DataFrame, without importing pandas
+    if hasattr(source, "to_dict") and hasattr(
+        source, "columns"
+    ):  # a DataFrame, without importing pandas
         source = source.astype(object).where(source.notna(), None).to_dict("records")
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
         kinds = "a path, a DataFrame, a list of dicts, a datasets.Dataset or the name of a data set on the Hub"
@@ -154,22 +177,32 @@ def _rows(source, split: str) -> Iterator[tuple[str, object]]:
 def _rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
     kind = path.suffix.lower()
     if kind not in _SUFFIXES:
-        raise ValueError(f"load_records reads .jsonl, .json and .csv files. Received: {str(path)!r}")
+        raise ValueError(
+            f"load_records reads .jsonl, .json and .csv files. Received: {str(path)!r}"
+        )
     if kind == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)  # or a quote that is never closed swallows the rest
+            reader = csv.DictReader(
+                file, strict=True
+            )  # or a quote that is never closed swallows the rest
             try:
                 for row in reader:
                     if any(row.get(None, ())):
-                        row = ValueError("more fields than the header names. A text with a comma stands in quotes.")
+                        row = ValueError(
+                            "more fields than the header names. A text with a comma stands in quotes."
+                        )
                     yield f"{path}, line {reader.line_num}", row
             except (UnicodeDecodeError, csv.Error) as error:
-                raise ValueError(f"{path} is not CSV in UTF-8, near line {reader.line_num}: {error}.") from None
+                raise ValueError(
+                    f"{path} is not CSV in UTF-8, near line {reader.line_num}: {error}."
+                ) from None
     elif kind == ".json":
         try:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}. One object a line? Then call it .jsonl.") from None
+            raise ValueError(
+                f"{path} is not JSON: {error}. One object a line? Then call it .jsonl."
+            ) from None
         if not isinstance(rows, list):
             raise ValueError(f"{path} holds a list of objects. Received: {type(rows).__name__}")
         yield from ((f"{path}, object {number}", row) for number, row in enumerate(rows, start=1))
@@ -189,8 +222,12 @@ def checked_record(row, columns: Mapping[str, str]) -> dict[str, str]:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
-        raise ValueError(f"a record is an object with named fields. Received: {type(row).__name__}.")
-    turns = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+        raise ValueError(
+            f"a record is an object with named fields. Received: {type(row).__name__}."
+        )
+    turns = next(
+        (row[name] for name in ("messages", "conversations") if row.get(name) is not None), None
+    )
     if turns is not None and "instruction" not in columns:
         row = {**row, **_from_turns(turns)}
     record = {}
@@ -207,7 +244,9 @@ def checked_record(row, columns: Mapping[str, str]) -> dict[str, str]:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError(f"{name!r} holds half a character (a lone surrogate), which is not text.") from None
+            raise ValueError(
+                f"{name!r} holds half a character (a lone surrogate), which is not text."
+            ) from None
         record[column] = value
     return record
 
@@ -216,10 +255,19 @@ def _from_turns(turns) -> dict[str, str]:
     """Turn a chat of one question and one answer into a record; longer chats do not fit Dolly's columns."""
     role_of = {"human": "user", "gpt": "assistant", "model": "assistant"}
     try:
-        pairs = [(str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))) for turn in turns]
+        pairs = [
+            (str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
+            for turn in turns
+        ]
     except (AttributeError, TypeError):
         raise ValueError("each of a chat's messages is an object with role and content.") from None
     said = {role_of.get(role, role): text for role, text in pairs}
     if [role_of.get(role, role) for role, _ in pairs if role != "system"] != ["user", "assistant"]:
-        raise ValueError(f"a chat has one user and one assistant turn. Received: {[role for role, _ in pairs]}.")
-    return {"instruction": said["user"], "context": said.get("system"), "response": said["assistant"]}
+        raise ValueError(
+            f"a chat has one user and one assistant turn. Received: {[role for role, _ in pairs]}."
+        )
+    return {
+        "instruction": said["user"],
+        "context": said.get("system"),
+        "response": said["assistant"],
+    }

@@ -70,7 +70,11 @@ def _keep_what_is_compiled() -> None:
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else platform.processor()
     able = next((line for line in cpu.splitlines() if line.startswith(("flags", "Features"))), cpu)
     # A program compiled for one CPU may end another's process, and a home can be shared.
-    folder = Path.home() / ".cache/gemma_lora" / f"compiled-{hashlib.sha256(able.encode()).hexdigest()[:8]}"
+    folder = (
+        Path.home()
+        / ".cache/gemma_lora"
+        / f"compiled-{hashlib.sha256(able.encode()).hexdigest()[:8]}"
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that is read-only
@@ -86,9 +90,17 @@ def _keep_memory() -> None:
 
     Otherwise each step's scratch memory is fetched from the system anew, page by page, which takes a third of a step.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ else None
+    libc = (
+        ctypes.CDLL(None)
+        if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ
+        else None
+    )
     if hasattr(libc, "mallopt"):
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        for option, value in (
+            (-8, 1),
+            (-4, 0),
+            (-1, 2**31 - 1),
+        ):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
             libc.mallopt(option, value)
 
 

@@ -11,7 +11,7 @@ from keras import ops
 from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
-from gemma_lora.lora import factored, overridden
+from gemma_lora.lora import overridden
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of, template_of
 from gemma_lora.templates import Template, get_template
@@ -50,7 +50,9 @@ def generate(
         seed: The same seed and prompts give the same answers. None means the seed of `gl.setup`.
     """
     one = isinstance(prompts, str | Mapping)
-    encoded, ends, new_tokens = encoded_prompts(model, [prompts] if one else prompts, template, max_new_tokens)
+    encoded, ends, new_tokens = encoded_prompts(
+        model, [prompts] if one else prompts, template, max_new_tokens
+    )
     tokenizer = tokenizer_of(model)
     answers, sizes = [""] * len(encoded), [len(ids) for ids in encoded]
     by_length = sorted(range(len(encoded)), key=sizes.__getitem__)
@@ -59,9 +61,13 @@ def generate(
         for start in range(0, len(by_length), rows):
             batch = by_length[start : start + rows]
             length = padded_length(sizes[batch[-1]] + new_tokens, max(sizes) + new_tokens)
-            inputs = padded([encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id)
+            inputs = padded(
+                [encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id
+            )
             inputs["limit"] = np.int32(sizes[batch[-1]] + new_tokens)
-            with explained_out_of_memory(model, answering=True, prompts=len(batch), sequence_length=length):
+            with explained_out_of_memory(
+                model, answering=True, prompts=len(batch), sequence_length=length
+            ):
                 output = np.asarray(function(inputs, stop_token_ids=ends)["token_ids"])
             for row, i in enumerate(batch):
                 new = output[row, sizes[i] : sizes[i] + new_tokens].tolist()
@@ -70,12 +76,16 @@ def generate(
     return answers[0] if one else answers
 
 
-def encoded_prompts(model, prompts, template, max_new_tokens) -> tuple[list[list[int]], tuple[int, ...], int]:
+def encoded_prompts(
+    model, prompts, template, max_new_tokens
+) -> tuple[list[list[int]], tuple[int, ...], int]:
     """Token ids of each prompt, ids that end an answer, and the most tokens of an answer."""
     tokenizer, state = tokenizer_of(model), state_of(model)
     new_tokens = state.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if not isinstance(new_tokens, int) or new_tokens < 1:
-        raise ValueError(f"max_new_tokens is a whole number, 1 or more. Received: {max_new_tokens!r}")
+        raise ValueError(
+            f"max_new_tokens is a whole number, 1 or more. Received: {max_new_tokens!r}"
+        )
     if template == "auto":
         template = template_of(model)
     ends = {tokenizer.id_of("<eos>")}
@@ -86,7 +96,9 @@ def encoded_prompts(model, prompts, template, max_new_tokens) -> tuple[list[list
     for prompt in prompts:
         text = prompt["instruction"] if isinstance(prompt, Mapping) else prompt
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"A prompt is text, or a record with an instruction. Received: {prompt!r}")
+            raise ValueError(
+                f"A prompt is text, or a record with an instruction. Received: {prompt!r}"
+            )
         encoded.append(tokenizer.prompt(template, prompt if template else text))
     return encoded, tuple(sorted(ends)), new_tokens
 
@@ -96,7 +108,9 @@ def _rows(sizes: list[int]) -> int:
 
     def cost(rows: int) -> int:
         batches = [sizes[i : i + rows] for i in range(0, len(sizes), rows)]
-        return sum((batch[-1] - batch[0] + 32) * (16 + rows) for batch in batches)  # of about 32 new tokens each
+        return sum(
+            (batch[-1] - batch[0] + 32) * (16 + rows) for batch in batches
+        )  # of about 32 new tokens each
 
     return min(_BATCHES, key=cost)
 
@@ -122,16 +136,22 @@ def padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> dic
 def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
     """Give the model a sampler for a while; what was compiled for an equal sampler before is used again."""
     sampler, key = named_sampler(sampler)
-    if isinstance(sampler, keras_hub.samplers.BeamSampler) and isinstance(model, keras_hub.models.Gemma3CausalLM):
-        raise ValueError("KerasHub has no beam search with Gemma 3. Take sampler='greedy', 'top_k' or 'top_p'.")
+    if isinstance(sampler, keras_hub.samplers.BeamSampler) and isinstance(
+        model, keras_hub.models.Gemma3CausalLM
+    ):
+        raise ValueError(
+            "KerasHub has no beam search with Gemma 3. Take sampler='greedy', 'top_k' or 'top_p'."
+        )
     compiled = state_of(model).samplers
     before = model.sampler, model.generate_function
     try:
         model.sampler, model.generate_function = compiled.get(key, (sampler, None))
         compiled[key] = (model.sampler, model.make_generate_function())
-        for variable in model.sampler.variables:  # a sampler draws on from where it was: start it anew
+        for (
+            variable
+        ) in model.sampler.variables:  # a sampler draws on from where it was: start it anew
             variable.assign(np.array([seed % 2**32, 0], dtype="uint32"))
-        with factored(model), overridden([model], "generate_step", _generate_step):  # what is compiled on the way
+        with overridden([model], "generate_step", _generate_step):
             yield model.generate_function
     finally:
         model.sampler, model.generate_function = before
@@ -141,18 +161,27 @@ def _generate_step(model, inputs, stop_token_ids):
     """KerasHub's own, but it ends at `inputs["limit"]`, not with the row, and copies no caches at each token."""
 
     def run_loop(sampler, cond, body, model=None, loop_vars=None, maximum_iterations=None):
-        steps = ops.minimum(maximum_iterations, inputs["limit"] - loop_vars[2])  # from the shortest prompt's end
+        steps = ops.minimum(
+            maximum_iterations, inputs["limit"] - loop_vars[2]
+        )  # from the shortest prompt's end
         return type(sampler).run_loop(sampler, cond, body, model, loop_vars, steps)
 
     def call_with_cache(model, token_ids, cache, cache_update_index, **options):
         if isinstance(cache, list):  # the compiler drops the stacking of what is then taken apart
             cache = ops.stack([ops.stack(pair, axis=1) for pair in cache], axis=1)
-        *found, cache = type(model).call_with_cache(model, token_ids, cache, cache_update_index, **options)
-        if hasattr(cache, "shape"):  # one array, (prompts, layers, 2, tokens, heads, head size); Gemma 3 keeps pairs
+        *found, cache = type(model).call_with_cache(
+            model, token_ids, cache, cache_update_index, **options
+        )
+        if hasattr(
+            cache, "shape"
+        ):  # one array, (prompts, layers, 2, tokens, heads, head size); Gemma 3 keeps pairs
             cache = [[cache[:, layer, 0], cache[:, layer, 1]] for layer in range(cache.shape[1])]
         return *found, cache
 
-    with overridden([model.sampler], "run_loop", run_loop), overridden([model], "call_with_cache", call_with_cache):
+    with (
+        overridden([model.sampler], "run_loop", run_loop),
+        overridden([model], "call_with_cache", call_with_cache),
+    ):
         return type(model).generate_step(model, inputs, stop_token_ids)
 
 
@@ -163,7 +192,9 @@ def named_sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
             raise ValueError(f"No sampler is named {sampler!r}. There are: {', '.join(_SAMPLERS)}.")
         sampler = _SAMPLERS[sampler]()
     options = {name: value for name, value in sampler.get_config().items() if name != "seed"}
-    known = type(sampler).__module__.startswith("keras_hub.")  # of others, the config may not tell all
+    known = type(sampler).__module__.startswith(
+        "keras_hub."
+    )  # of others, the config may not tell all
     return sampler, (type(sampler), repr(options) if known else id(sampler))
 
 
@@ -190,9 +221,13 @@ def stream(
     encoded, ends, new_tokens = encoded_prompts(model, [prompt], template, max_new_tokens)
     tokenizer, size, ids, said = tokenizer_of(model), len(encoded[0]), [], ""
     begin, proceed, draws = _halves(model, sampler, runtime.default_seed if seed is None else seed)
-    inputs = padded(encoded, 1, padded_length(size + new_tokens, size + new_tokens), tokenizer.pad_id)
+    inputs = padded(
+        encoded, 1, padded_length(size + new_tokens, size + new_tokens), tokenizer.pad_id
+    )
     weights = [variable.value for variable in _weights(model)]
-    with explained_out_of_memory(model, answering=True, prompts=1, sequence_length=size + new_tokens):
+    with explained_out_of_memory(
+        model, answering=True, prompts=1, sequence_length=size + new_tokens
+    ):
         cache = begin(weights, inputs)
     for index in range(size, size + new_tokens):
         token, cache, draws = proceed(weights, draws, inputs, cache, index)
@@ -201,7 +236,9 @@ def stream(
         inputs["token_ids"][0, index] = token
         ids.append(int(token))
         text = tokenizer.decode(ids).strip()
-        if len(text) > len(said) and not text.endswith("\ufffd"):  # else: some bytes of a character, not yet all
+        if len(text) > len(said) and not text.endswith(
+            "\ufffd"
+        ):  # else: some bytes of a character, not yet all
             yield text[len(said) :]
             said = text
     if len(text) > len(said):
@@ -219,15 +256,19 @@ def _halves(model, sampler: str | Sampler, seed: int) -> tuple[Callable, Callabl
     """
     sampler, key = named_sampler(sampler)
     if type(sampler).__call__ is not Sampler.__call__:
-        raise ValueError(f"{type(sampler).__name__} keeps several answers at a time: none can be streamed.")
+        raise ValueError(
+            f"{type(sampler).__name__} keeps several answers at a time: none can be streamed."
+        )
     begin, proceed, sampler = state_of(model).samplers.get(("stream", key), (None, None, sampler))
 
     def step(weights, draws, inputs, take: Callable):
         taken, before = [], model.sampler
         mapping = zip([*_weights(model), *sampler.variables], [*weights, *draws], strict=False)
-        with keras.StatelessScope(state_mapping=mapping) as scope, factored(model):
+        with keras.StatelessScope(state_mapping=mapping) as scope:
             try:
-                model.sampler = lambda next, prompt, cache, **_: taken.append(take(next, prompt, cache)) or prompt  # noqa: A006
+                model.sampler = lambda next, prompt, cache, **_: (
+                    taken.append(take(next, prompt, cache)) or prompt
+                )
                 model.generate_step(inputs, stop_token_ids=None)
             finally:
                 model.sampler = before
@@ -242,7 +283,9 @@ def _halves(model, sampler: str | Sampler, seed: int) -> tuple[Callable, Callabl
         return token, new, draws
 
     if begin is None:
-        begin = jax.jit(lambda weights, inputs: step(weights, [], inputs, lambda next, prompt, cache: cache)[0])  # noqa: A006
+        begin = jax.jit(
+            lambda weights, inputs: step(weights, [], inputs, lambda next, prompt, cache: cache)[0]
+        )
         proceed = jax.jit(one_token, donate_argnums=3)
         state_of(model).samplers["stream", key] = begin, proceed, sampler
     return begin, proceed, [np.array([seed % 2**32, 0], "uint32") for _ in sampler.variables]

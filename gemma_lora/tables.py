@@ -26,24 +26,34 @@ class Table:
         return self.rows[index]
 
     def _cells(self) -> list[list[str]]:
-        return [list(self.rows[0]) if self.rows else [], *([_text(v) for v in row.values()] for row in self.rows)]
+        return [
+            list(self.rows[0]) if self.rows else [],
+            *([_text(v) for v in row.values()] for row in self.rows),
+        ]
 
     def _is_number(self) -> list[bool]:
         """For each column, whether all its cells are numbers, perhaps with a unit."""
         columns = zip(*self._cells()[1:], strict=True)
         return [
-            all(re.fullmatch(r"-?\d[\d.,]*(e[+-]?\d+)?( ?%| [kMG]i?B)?", cell) for cell in column) for column in columns
+            all(re.fullmatch(r"-?\d[\d.,]*(e[+-]?\d+)?( ?%| [kMG]i?B)?", cell) for cell in column)
+            for column in columns
         ]
 
     def __str__(self) -> str:
         justify = [str.rjust if number else str.ljust for number in self._is_number()]
         grid = [[_wrapped(cell, self._width) for cell in row] for row in self._cells()]
-        widths = [max(len(line) for cell in column for line in cell) for column in zip(*grid, strict=True)]
+        widths = [
+            max(len(line) for cell in column for line in cell) for column in zip(*grid, strict=True)
+        ]
         lines = [self.caption] if self.caption else []
         for row in grid:
             height = max(map(len, row), default=0)
             for cells in zip(*(cell + [""] * (height - len(cell)) for cell in row), strict=True):
-                lines.append("  ".join(j(cell, w) for j, cell, w in zip(justify, cells, widths, strict=True)).rstrip())
+                lines.append(
+                    "  ".join(
+                        j(cell, w) for j, cell, w in zip(justify, cells, widths, strict=True)
+                    ).rstrip()
+                )
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -83,11 +93,19 @@ class ShowsAsTable:
 
 
 def _text(value) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]] or [""]
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]] or [
+        ""
+    ]
 
 
 class TokenView:
@@ -122,7 +140,10 @@ class TokenView:
             return f'<span style="{style}" title="{html.escape(title)}">{html.escape(text)}</span>'
 
         legend = " ".join(map(box, self._caption(), self.counts()))
-        lines = ["".join(box(t if k != "padding" else "·", k, f"{t} {i}") for t, i, k in r) for r in self.rows]
+        lines = [
+            "".join(box(t if k != "padding" else "·", k, f"{t} {i}") for t, i, k in r)
+            for r in self.rows
+        ]
         style = 'style="font-family:monospace;line-height:1.7;margin-bottom:0.6em"'
         return f"<p>{legend}</p>" + "".join(f"<div {style}>{line}</div>" for line in lines)
 

@@ -7,7 +7,9 @@ from itertools import pairwise
 from string import Formatter
 
 # Token names that would act on the model if they were read from data.
-_CONTROL = re.compile(r"<(?:start_of_turn|end_of_turn|bos|eos|pad|unk|mask|start_of_image|end_of_image|img)>")
+_CONTROL = re.compile(
+    r"<(?:start_of_turn|end_of_turn|bos|eos|pad|unk|mask|start_of_image|end_of_image|img)>"
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Template:
     end: str = "<eos>"
 
     def __post_init__(self):
-        for text, needed in ((self.without_context, {"instruction"}), (self.with_context, {"instruction", "context"})):
+        for text, needed in (
+            (self.without_context, {"instruction"}),
+            (self.with_context, {"instruction", "context"}),
+        ):
             fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
             if fields != needed:
                 raise ValueError(
@@ -55,7 +60,9 @@ class Template:
         ['Instruction:\\nWhat is <', 'eos>?\\n\\nResponse:\\n']
         """
         fields = {"instruction": record, "context": ""} if isinstance(record, str) else record
-        template = self.with_context if (fields.get("context") or "").strip() else self.without_context
+        template = (
+            self.with_context if (fields.get("context") or "").strip() else self.without_context
+        )
         text, data = "", []
         for literal, field, _, _ in Formatter().parse(template):
             text += literal

@@ -21,7 +21,9 @@ class Tokenizer:
 
     def __init__(self, keras_tokenizer):
         if keras_tokenizer is None or not getattr(keras_tokenizer, "proto", None):
-            raise ValueError("The model has no SentencePiece tokenizer: load it with gl.load(), preprocessor included.")
+            raise ValueError(
+                "The model has no SentencePiece tokenizer: load it with gl.load(), preprocessor included."
+            )
         with quiet():
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=keras_tokenizer.proto)
         self.bos_id, self.pad_id = keras_tokenizer.start_token_id, keras_tokenizer.pad_token_id
@@ -39,13 +41,18 @@ class Tokenizer:
 
     def tokens(self, ids: list[int]) -> list[str]:
         """The token of each id, made visible: ▁ is a space, ⏎ a line break, `<0x..>` a byte without a token."""
-        return [token.replace("\n", "⏎") for token in self._pieces.id_to_piece([int(token) for token in ids])]
+        return [
+            token.replace("\n", "⏎")
+            for token in self._pieces.id_to_piece([int(token) for token in ids])
+        ]
 
     def id_of(self, token: str) -> int:
         """The id of a control token such as `<eos>`."""
         token_id = self._pieces.piece_to_id(token)
         if token_id == self._pieces.unk_id() and token != "<unk>":
-            raise ValueError(f"The model's vocabulary has no token {token!r}; choose another template.")
+            raise ValueError(
+                f"The model's vocabulary has no token {token!r}; choose another template."
+            )
         return token_id
 
     def prompt(self, template: str | Template | None, record: str | Mapping[str, str]) -> list[int]:
@@ -81,7 +88,9 @@ class Example(NamedTuple):
     weights: list[int]
 
 
-def shift_for_next_token(prompt: list[int], response: list[int], *, loss_on: str = "response") -> Example:
+def shift_for_next_token(
+    prompt: list[int], response: list[int], *, loss_on: str = "response"
+) -> Example:
     """Turn a prompt and its response into inputs, targets and loss weights.
 
     >>> shift_for_next_token([2, 7, 8], [9, 1])
@@ -113,7 +122,12 @@ class Encoded:
 
 
 def encode(
-    model, records: Iterable[Mapping[str, str]], *, template="recipe", sequence_length=256, loss_on="response"
+    model,
+    records: Iterable[Mapping[str, str]],
+    *,
+    template="recipe",
+    sequence_length=256,
+    loss_on="response",
 ) -> Encoded:
     """Encode records for training. Every response ends in the template's end token, and that is learned.
 
@@ -142,15 +156,22 @@ def encode(
         except ValueError as error:
             wrong = f'Record {number}: {error} gl.load_records(..., on_error="skip") leaves such records out.'
             raise ValueError(wrong) from None
-        prompt, response = tokenizer.prompt(template, record), tokenizer.encode(text_pieces(record["response"]))
+        prompt, response = (
+            tokenizer.prompt(template, record),
+            tokenizer.encode(text_pieces(record["response"])),
+        )
         encoded.full_lengths.append(len(prompt) + len(response))
-        room = sequence_length - len(prompt)  # the end token is only ever a target, so it needs no room
+        room = sequence_length - len(
+            prompt
+        )  # the end token is only ever a target, so it needs no room
         if room < 1:
             encoded.dropped += 1
             continue
         encoded.truncated += len(response) > room
         encoded.numbers.append(number)
-        encoded.examples.append(shift_for_next_token(prompt, [*response[:room], end], loss_on=loss_on))
+        encoded.examples.append(
+            shift_for_next_token(prompt, [*response[:room], end], loss_on=loss_on)
+        )
     if not encoded.full_lengths:
         raise ValueError("There are no records.")
     if not encoded.examples:
@@ -161,7 +182,9 @@ def encode(
     return encoded
 
 
-def show_tokens(model, records, *, template="recipe", sequence_length=256, loss_on="response") -> TokenView:
+def show_tokens(
+    model, records, *, template="recipe", sequence_length=256, loss_on="response"
+) -> TokenView:
     """Show records as tokens, in colour: what training on them only reads, what it learns, and padding.
 
     Args:
@@ -170,7 +193,9 @@ def show_tokens(model, records, *, template="recipe", sequence_length=256, loss_
     """
     tokenizer = tokenizer_of(model)
     records = [records] if isinstance(records, Mapping) else list(records)
-    encoded = encode(tokenizer, records, template=template, sequence_length=sequence_length, loss_on=loss_on)
+    encoded = encode(
+        tokenizer, records, template=template, sequence_length=sequence_length, loss_on=loss_on
+    )
     rows = []
     for example in encoded.examples:
         ids, learned = [example.inputs[0], *example.targets], [0, *example.weights]

@@ -71,11 +71,15 @@ def fit(
     """
     state = state_of(model)
     if batch_size and batch_tokens:
-        raise ValueError(f"Choose one of batch_size and batch_tokens. Received: {batch_size!r} and {batch_tokens!r}")
+        raise ValueError(
+            f"Choose one of batch_size and batch_tokens. Received: {batch_size!r} and {batch_tokens!r}"
+        )
     given = {"template": template, "sequence_length": sequence_length, "batch_tokens": batch_tokens}
     given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
     given["template"] = template or template_of(model)
-    settings = replace(recommended(model), **{name: value for name, value in given.items() if value is not None})
+    settings = replace(
+        recommended(model), **{name: value for name, value in given.items() if value is not None}
+    )
     seed = runtime.default_seed if seed is None else seed
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")
@@ -83,17 +87,27 @@ def fit(
         raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
     check_only_adapters_train(model)
 
-    options = {"template": settings.template, "sequence_length": settings.sequence_length, "loss_on": loss_on}
+    options = {
+        "template": settings.template,
+        "sequence_length": settings.sequence_length,
+        "loss_on": loss_on,
+    }
     encoded = encode(model, train, **options)
     size = {"batch_size": batch_size, "batch_tokens": settings.batch_tokens}
     batches = Batches(encoded, **size, seed=seed)
-    held_out = encode(model, validation, **options) if validation is not None and len(validation) else None
+    held_out = (
+        encode(model, validation, **options) if validation is not None and len(validation) else None
+    )
     run = {
         "rows": len(encoded.examples),
         "tokens": int(encoded.lengths.sum()),
         "epochs": epochs,
         **({"batch_size": batch_size} if batch_size else {}),
-        **{name: getattr(settings, name) for name in given if not (batch_size and name == "batch_tokens")},
+        **{
+            name: getattr(settings, name)
+            for name in given
+            if not (batch_size and name == "batch_tokens")
+        },
         "template": get_template(settings.template).name,
         "loss_on": loss_on,
         "seed": seed,
@@ -114,7 +128,9 @@ def fit(
     if checkpoint_dir is not None:
         same = {**run, **fingerprint(model, encoded)}
         same.pop("epochs")  # more of them go on from fewer
-        saved = Checkpoints(checkpoint_dir, trainer, batches, run=same, curve=curve, every=checkpoint_every)
+        saved = Checkpoints(
+            checkpoint_dir, trainer, batches, run=same, curve=curve, every=checkpoint_every
+        )
         saved.resume()
         epoch, step, history.history = saved.epoch, saved.step, saved.history
     history.epoch = [*range(epoch)]
@@ -134,22 +150,34 @@ def fit(
         "verbose": 0,
     }
     shape = dict(zip(("batch_size", "sequence_length"), batches.shape, strict=True))
-    with explained_out_of_memory(model, answering=False, **shape), restored_if_lost(trainer), stop_after_step(trainer):
+    with (
+        explained_out_of_memory(model, answering=False, **shape),
+        restored_if_lost(trainer),
+        stop_after_step(trainer),
+    ):
         trainer.stop_training = False
         while epoch < epochs and not trainer.stop_training:
             batches.start(epoch, step=step)
-            last = epoch + 1 if step else epochs  # an epoch of which a part was done before has a length of its own
+            last = (
+                epoch + 1 if step else epochs
+            )  # an epoch of which a part was done before has a length of its own
             done = trainer.fit(batches, initial_epoch=epoch, epochs=last, **options)
             history.epoch += done.epoch
             for name, values in done.history.items():
-                history.history[name] = history.history.get(name, [])[: len(history.epoch) - len(values)] + values
+                history.history[name] = (
+                    history.history.get(name, [])[: len(history.epoch) - len(values)] + values
+                )
             epoch, step = last, 0
         if held_out and "val_loss" in history.history and not trainer.stop_training:
             tuned = history.history["val_loss"][-1]
             if callbacks:  # one may have put back the weights of an earlier epoch
-                tuned = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)["loss"]
+                tuned = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)[
+                    "loss"
+                ]
             with adapters_off(model):
-                base = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)["loss"]
+                base = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)[
+                    "loss"
+                ]
             if not trainer.stop_training:  # else: Ctrl-C, and the loss of a part
                 run["held_out_loss"] = {"base": float(base), "tuned": float(tuned)}
     history.curve = curve.points
@@ -159,7 +187,9 @@ def fit(
         "truncated": encoded.truncated,
         "dropped": encoded.dropped,
         "seconds": round(time.monotonic() - start, 1),
-        "history": {name: [float(value) for value in values] for name, values in history.history.items()},
+        "history": {
+            name: [float(value) for value in values] for name, values in history.history.items()
+        },
     }
     return history
 
@@ -176,11 +206,17 @@ def check_only_adapters_train(model) -> None:
     """Raise a ValueError unless the model's trainable weights are its adapters, all of them."""
     adapters = {weight.path for weight in adapter_weights(model)}
     if not adapters:
-        raise ValueError("The model has no adapters to train. Call gl.enable_lora(model, rank=4) first.")
+        raise ValueError(
+            "The model has no adapters to train. Call gl.enable_lora(model, rank=4) first."
+        )
     training = {weight.path for weight in model.trainable_variables}
     extra, frozen = training - adapters, adapters - training
     if extra or frozen:
-        wrong = f"{len(extra):,} base weights do too" if extra else f"{len(frozen):,} of them are frozen"
+        wrong = (
+            f"{len(extra):,} base weights do too"
+            if extra
+            else f"{len(frozen):,} of them are frozen"
+        )
         raise ValueError(
             f"Only the adapters should train, but {wrong}: {min(extra or frozen)!r} is one. Setting `trainable` on a "
             "model does that. Call gl.enable_lora() again, with the options it had: it freezes the base anew."
@@ -195,7 +231,9 @@ def restored_if_lost(trainer: keras.Model) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, FloatingPointError) or any(_is_lost(variable) for variable, _ in [*frozen, *own]):
+        if isinstance(error, FloatingPointError) or any(
+            _is_lost(variable) for variable, _ in [*frozen, *own]
+        ):
             for variable, value in [*frozen, *own]:
                 variable.assign(value)
         raise

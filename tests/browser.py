@@ -57,7 +57,9 @@ CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.filter(cell => c
         errors: errors.map(error => `${error.ename}: ${error.evalue}`),
     };
 }).filter(cell => cell.line)"""
-PICTURES_LOADED = "() => [...document.querySelectorAll('.jp-Notebook img')].every(image => image.complete)"
+PICTURES_LOADED = (
+    "() => [...document.querySelectorAll('.jp-Notebook img')].every(image => image.complete)"
+)
 FLAWS = """() => jupyterapp.shell.currentWidget.content.widgets.flatMap(({model, node}) => {
     const cell = `cell \\`${model.sharedModel.getSource().trim().split('\\n')[0]}\\``;
     const own = image => !/^https?:/.test(image.src) || image.src.startsWith(location.origin);
@@ -74,9 +76,13 @@ FLAWS = """() => jupyterapp.shell.currentWidget.content.widgets.flatMap(({model,
 @contextmanager
 def jupyterlab(path: Path):
     """Serve a copy of a notebook's folder, without anybody's settings, and yield the address of the notebook."""
-    with tempfile.TemporaryDirectory(prefix="gemma_lora_browser_", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="gemma_lora_browser_", ignore_cleanup_errors=True
+    ) as folder:
         home = Path(folder)
-        shutil.copytree(path.parent, home / "notebooks", ignore=shutil.ignore_patterns("artifacts", ".ipynb*"))
+        shutil.copytree(
+            path.parent, home / "notebooks", ignore=shutil.ignore_patterns("artifacts", ".ipynb*")
+        )
         for name, values in SETTINGS.items():
             file = home / f"settings/@jupyterlab/{name}.jupyterlab-settings"
             file.parent.mkdir(parents=True)
@@ -89,19 +95,34 @@ def jupyterlab(path: Path):
             "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython",
             "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
         }  # fmt: skip
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")}
-        environment |= {key: str(home / name) for key, name in folders.items()} | {"JUPYTER_TOKEN": token}
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")
+        }
+        environment |= {key: str(home / name) for key, name in folders.items()} | {
+            "JUPYTER_TOKEN": token
+        }
         options = {
             "ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0,
             "ServerApp.root_dir": home / "notebooks", "ServerApp.allow_root": True,
             "LabApp.expose_app_in_browser": True,
         }  # fmt: skip
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", *(f"--{k}={v}" for k, v in options.items())]
+        command = [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            *(f"--{k}={v}" for k, v in options.items()),
+        ]
         log = home / "log.txt"
         with log.open("w") as output:
             # A session of its own: Ctrl-C is for us, and we end the server, which then ends its kernels.
             server = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         try:
             wait_for(port, server, log)
@@ -121,7 +142,9 @@ def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start. The end of what it said:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(
+        f"JupyterLab did not start. The end of what it said:\n{log.read_text()[-2000:]}"
+    )
 
 
 def run(page, name: str) -> tuple[int, list[str]]:
@@ -138,7 +161,11 @@ def run(page, name: str) -> tuple[int, list[str]]:
             break
         shown = done
         page.wait_for_timeout(1000)
-    faults = [f"code cell {n}, `{c['line']}`: {error}" for n, c in enumerate(cells, 1) for error in c["errors"]]
+    faults = [
+        f"code cell {n}, `{c['line']}`: {error}"
+        for n, c in enumerate(cells, 1)
+        for error in c["errors"]
+    ]
     missing = [f"code cell {n}, `{c['line']}`" for n, c in enumerate(cells, 1) if not c["run"]]
     if missing and not faults:
         why = "the kernel stopped there" if ended else f"it was not done after {LIMIT} s"
@@ -161,16 +188,24 @@ def unfold(page) -> list[str]:
 
 def photograph(page, name: str, theme: str) -> int:
     """Save the whole notebook as pages, and return how many."""
-    page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", THEMES[theme])
-    page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=THEMES[theme])
+    page.evaluate(
+        "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", THEMES[theme]
+    )
+    page.wait_for_function(
+        "theme => document.body.dataset.jpThemeName === theme", arg=THEMES[theme]
+    )
     page.wait_for_function(PICTURES_LOADED)
     area = page.locator(".jp-NotebookPanel .jp-WindowedPanel-outer")
     height, seen = area.evaluate("area => [area.scrollHeight, area.clientHeight]")
     pages = max(1, math.ceil((height - OVERLAP) / (seen - OVERLAP)))
     for number in range(pages):
-        area.evaluate("(area, top) => area.scrollTo({top, behavior: 'instant'})", number * (seen - OVERLAP))
+        area.evaluate(
+            "(area, top) => area.scrollTo({top, behavior: 'instant'})", number * (seen - OVERLAP)
+        )
         page.wait_for_timeout(300)
-        area.screenshot(path=PICTURES / f"{name}-{theme}-{number + 1:02}.png", animations="disabled")
+        area.screenshot(
+            path=PICTURES / f"{name}-{theme}-{number + 1:02}.png", animations="disabled"
+        )
     return pages
 
 
@@ -203,8 +238,12 @@ def visit(browser, path: Path) -> dict:
 def main(parts: list[str]) -> int:
     chosen = [path for path in NOTEBOOKS if not parts or any(part in path.stem for part in parts)]
     if not chosen:
-        sys.exit(f"No notebook is named like {' or '.join(parts)}. There are: {', '.join(p.stem for p in NOTEBOOKS)}")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        sys.exit(
+            f"No notebook is named like {' or '.join(parts)}. There are: {', '.join(p.stem for p in NOTEBOOKS)}"
+        )
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if chromium is None:
         sys.exit(
             "No chromium, chromium-browser or google-chrome on the PATH. "
@@ -213,8 +252,12 @@ def main(parts: list[str]) -> int:
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
-        sys.exit("Playwright is missing. `make test-browser` installs it, and so does: pip install -e '.[dev,browser]'")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server and the browser are ended
+        sys.exit(
+            "Playwright is missing. `make test-browser` installs it, and so does: pip install -e '.[dev,browser]'"
+        )
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that the server and the browser are ended
     PICTURES.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
@@ -222,7 +265,10 @@ def main(parts: list[str]) -> int:
         browser.close()
     print()
     for result in results:
-        print("{notebook}: {cells} cells, {seconds} s, {pictures} pictures".format_map(result), end=", ")
+        print(
+            "{notebook}: {cells} cells, {seconds} s, {pictures} pictures".format_map(result),
+            end=", ",
+        )
         print("\n    ".join([f"{len(result['faults'])} errors", *result["faults"]]))
     print(f"Now look at the pictures: {PICTURES}")
     return int(any(result["faults"] for result in results))

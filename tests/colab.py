@@ -47,7 +47,9 @@ def run(*command, expect: bool = True, **options) -> str:
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(list(map(str, command)), **output, **options)
     if (done.returncode == 0) is not expect:
-        sys.exit(f"{done.stdout}\n{' '.join(map(str, command))}\nended with {done.returncode}: see its output above.")
+        sys.exit(
+            f"{done.stdout}\n{' '.join(map(str, command))}\nended with {done.returncode}: see its output above."
+        )
     return done.stdout
 
 
@@ -62,8 +64,14 @@ def python313() -> str:
     found = [shutil.which("python3.13")]
     if pyenv := shutil.which("pyenv"):
         versions = Path(run(pyenv, "root").strip(), "versions").glob("3.13.*/bin/python3.13")
-        found += sorted(map(str, versions), key=lambda path: int(re.search(r"3\.13\.(\d+)", path)[1]), reverse=True)
-    for python in filter(None, found):  # pyenv's own python3.13 on the path may be one that only says how to choose
+        found += sorted(
+            map(str, versions),
+            key=lambda path: int(re.search(r"3\.13\.(\d+)", path)[1]),
+            reverse=True,
+        )
+    for python in filter(
+        None, found
+    ):  # pyenv's own python3.13 on the path may be one that only says how to choose
         if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
             return python
     cannot("It takes Python 3.13, which is neither on the path nor among pyenv's versions.")
@@ -98,7 +106,9 @@ def publish(place: Path, address: str) -> dict[str, str]:
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": str(config), "GIT_ALLOW_PROTOCOL": "file"}
     run("git", "init", "-q", cwd=place, env=environment)
     set_repo(address, place)
-    version = re.search(r'^__version__ = "(.+)"', (place / "gemma_lora/__init__.py").read_text(), re.MULTILINE)[1]
+    version = re.search(
+        r'^__version__ = "(.+)"', (place / "gemma_lora/__init__.py").read_text(), re.MULTILINE
+    )[1]
     for command in (["add", "."], ["commit", "-qm", "The working tree"], ["tag", f"v{version}"]):
         run("git", *command, cwd=place, env=environment)
     return environment
@@ -106,33 +116,59 @@ def publish(place: Path, address: str) -> dict[str, str]:
 
 def run_cell(source: str, place: Path, environment: dict[str, str], expect: bool = True) -> str:
     """Run one cell in a kernel that takes itself for Colab's."""
-    cell = {"cell_type": "code", "id": "set-up", "metadata": {}, "execution_count": None, "outputs": []}
-    notebook = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{**cell, "source": source}]}
+    cell = {
+        "cell_type": "code",
+        "id": "set-up",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+    }
+    notebook = {
+        "nbformat": 4,
+        "nbformat_minor": 5,
+        "metadata": {},
+        "cells": [{**cell, "source": source}],
+    }
     file = place / "cell.ipynb"
     file.write_text(json.dumps(notebook))
     command = [PYTHON, "-m", "nbconvert", "--execute", "--to", "notebook", "--stdout", file]
-    return run(*command, expect=expect, cwd=place, env={**environment, "COLAB_RELEASE_TAG": "release-colab"})
+    return run(
+        *command,
+        expect=expect,
+        cwd=place,
+        env={**environment, "COLAB_RELEASE_TAG": "release-colab"},
+    )
 
 
 def same(before: set[str], after: set[str], done: str) -> None:
     """End the script if an installed package is another one, or gone."""
     if gone := before - after:
         now = sorted(after - before)
-        sys.exit(f"{done} changed what Colab has: {', '.join(sorted(gone))}. Now there are: {', '.join(now)}")
+        sys.exit(
+            f"{done} changed what Colab has: {', '.join(sorted(gone))}. Now there are: {', '.join(now)}"
+        )
 
 
 def check_set_up_cell(clone: Path, environment: dict[str, str], before: set[str]) -> set[str]:
     """Run the notebooks' set-up cell without an address and with one; what is installed after it."""
     notebook = json.loads(min((clone / "notebooks").glob("*.ipynb")).read_text(encoding="utf-8"))
-    cell = "".join(next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")["source"])
+    cell = "".join(
+        next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")["source"]
+    )
     said = run_cell(cell.replace(LEARNER, PLACEHOLDER), clone.parent, environment, expect=False)
     if "make set-repo" not in said or installed() != before:
-        sys.exit(f"{said}\nWithout an address, the set-up cell has to say what to do, and install nothing.")
+        sys.exit(
+            f"{said}\nWithout an address, the set-up cell has to say what to do, and install nothing."
+        )
     run_cell(cell, clone.parent, environment)
     after = installed()
     same(before, after, "The set-up cell")
-    if [line.split("@")[:2] for line in after - before] != [["gemma-lora ", f" git+https://github.com/{LEARNER}"]]:
-        sys.exit(f"The set-up cell is to install the project alone. It installed: {', '.join(sorted(after - before))}")
+    if [line.split("@")[:2] for line in after - before] != [
+        ["gemma-lora ", f" git+https://github.com/{LEARNER}"]
+    ]:
+        sys.exit(
+            f"The set-up cell is to install the project alone. It installed: {', '.join(sorted(after - before))}"
+        )
     return after
 
 
@@ -140,8 +176,12 @@ def main(freeze: Path) -> None:
     start = time.monotonic()
     python = python313()
     if not freeze.is_file():
-        cannot(f"It takes a `pip freeze` of Colab, and there is none at {freeze}. COLAB_FREEZE=... says where one is.")
-    pins = re.findall(r"^([\w.-]+)==(\S+)$", freeze.read_text(), re.MULTILINE)  # no addresses, no files of Colab's own
+        cannot(
+            f"It takes a `pip freeze` of Colab, and there is none at {freeze}. COLAB_FREEZE=... says where one is."
+        )
+    pins = re.findall(
+        r"^([\w.-]+)==(\S+)$", freeze.read_text(), re.MULTILINE
+    )  # no addresses, no files of Colab's own
     colab = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +197,9 @@ def main(freeze: Path) -> None:
                 run(PYTHON, "-m", "pip", "uninstall", "-qq", "--yes", "gemma-lora", *added)
             else:
                 build(python, colab, constraints)
-            STAMP.unlink(missing_ok=True)  # until we know that nothing below changed the environment
+            STAMP.unlink(
+                missing_ok=True
+            )  # until we know that nothing below changed the environment
             before = installed()
 
         with stage("Set-up cell"):
@@ -172,7 +214,16 @@ def main(freeze: Path) -> None:
 
         # A worker that crashes is not started anew: with --dist loadfile, pytest-xdist would wait for it forever. And
         # pytest's last garbage collection is left out: on 8.4, xdist interrupts it, which looks like an error.
-        workers = ["-n", "2", "--dist", "loadfile", "--max-worker-restart", "0", "-p", "no:unraisableexception"]
+        workers = [
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "--max-worker-restart",
+            "0",
+            "-p",
+            "no:unraisableexception",
+        ]
         for name, command in {
             # The notebooks on another preset run in `make test`; here they run below, on Colab's versions.
             "Unit tests": [
@@ -183,7 +234,10 @@ def main(freeze: Path) -> None:
                 "not full and not peers",
                 "--ignore=tests/test_another_model.py",
             ],
-            "Notebooks": ["tests/notebooks.py", "test"],  # in kernels that have the project as the cell installed it
+            "Notebooks": [
+                "tests/notebooks.py",
+                "test",
+            ],  # in kernels that have the project as the cell installed it
         }.items():
             with stage(name):
                 quiet = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
@@ -191,10 +245,14 @@ def main(freeze: Path) -> None:
                     sys.exit(f"{name} on Colab's versions ended with {code}.")
 
     names = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line for line in before}
-    others = [line for name, line in names.items() if line != f"{line.split('==')[0]}=={colab.get(name)}"]
+    others = [
+        line for name, line in names.items() if line != f"{line.split('==')[0]}=={colab.get(name)}"
+    ]
     print(f"\n{run(PYTHON, '--version').strip()}, {', '.join(names[name] for name in SHOWN)}")
     print(f"{len(before)} packages, all at Colab's versions except: {', '.join(others) or 'none'}")
-    print("the set-up cell added gemma-lora and changed nothing; without an address it installed nothing")
+    print(
+        "the set-up cell added gemma-lora and changed nothing; without an address it installed nothing"
+    )
     print(f"the test tools added {', '.join(sorted(tools - after))} and changed nothing")
     took = ", ".join(f"{name.lower()} {duration:.0f} s" for name, duration in seconds.items())
     print(f"{took}; {(time.monotonic() - start) / 60:.1f} minutes in all")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -25,8 +26,11 @@ os.environ.update(
     NO_PROXY="127.0.0.1",
     no_proxy="127.0.0.1",
     KERAS_BACKEND="jax",
-    JAX_COMPILATION_CACHE_DIR=f"{HF_HOME}/compiled",  # tests compile much the same, in many processes
+    # Tests compile much the same in many processes, and again in the next run: one cache for
+    # all of them. With a size limit JAX locks its files, so workers cannot read half a program.
+    JAX_COMPILATION_CACHE_DIR=str(Path(__file__).parents[1] / ".pytest_cache/jax"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3",
+    JAX_COMPILATION_CACHE_MAX_SIZE=str(2**31),
 )
 
 

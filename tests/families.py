@@ -29,7 +29,9 @@ def random_gemma(family: str, dtype: str = "float32", seed: int = 0):
             sliding_window_size=16,
             **shape,
         )
-        preprocessor = models.Gemma3CausalLMPreprocessor(tokenizer=tokenizer, image_converter=None, sequence_length=64)
+        preprocessor = models.Gemma3CausalLMPreprocessor(
+            tokenizer=tokenizer, image_converter=None, sequence_length=64
+        )
         model = models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
     else:
         tokenizer = models.GemmaTokenizer(proto=vocabulary)
@@ -43,8 +45,12 @@ def random_gemma(family: str, dtype: str = "float32", seed: int = 0):
                 use_sliding_window_attention=True,
                 sliding_window_size=16,
             )
-        backbone = models.GemmaBackbone(vocabulary_size=tokenizer.vocabulary_size(), **shape, **extra)
-        model = models.GemmaCausalLM(backbone, models.GemmaCausalLMPreprocessor(tokenizer, sequence_length=64))
+        backbone = models.GemmaBackbone(
+            vocabulary_size=tokenizer.vocabulary_size(), **shape, **extra
+        )
+        model = models.GemmaCausalLM(
+            backbone, models.GemmaCausalLMPreprocessor(tokenizer, sequence_length=64)
+        )
     randomize(model.weights, seed)
     return model
 

@@ -26,7 +26,9 @@ _PATTERNS = [
     rf"(?i:authorization){_QUOTE}?\s*[:=,]\s*{_QUOTE}?(?i:bearer|basic)\s+({_VALUE})",
 ]
 _TOKEN = re.compile("|".join(_PATTERNS))
-_PLACEHOLDER = re.compile(r"(?i)your|token|example|placeholder|\.\.\.|xxx|^KAGGLE_|^(os|userdata|getpass)\.")
+_PLACEHOLDER = re.compile(
+    r"(?i)your|token|example|placeholder|\.\.\.|xxx|^KAGGLE_|^(os|userdata|getpass)\."
+)
 _NO_TEXT = re.compile(r"\x1b\[[\d;]*m|data:image/[^;]+;base64,[\w+/=]+")  # colours, pictures
 
 
@@ -50,7 +52,10 @@ def texts(path: Path) -> Iterator[tuple[str, str]]:
     for index, cell in enumerate(notebook["cells"]):
         name = f", cell {cell.get('id', index)}"
         yield f"{name}, source", "".join(cell["source"])
-        yield from ((f"{name}, metadata", text) for text in strings([cell["metadata"], cell.get("attachments")]))
+        yield from (
+            (f"{name}, metadata", text)
+            for text in strings([cell["metadata"], cell.get("attachments")])
+        )
         for output in cell.get("outputs", []):
             kind = output["output_type"]
             yield from ((f"{name}, {kind}", text) for text in strings(output))
@@ -58,8 +63,14 @@ def texts(path: Path) -> Iterator[tuple[str, str]]:
 
 def strings(value) -> Iterator[str]:
     """Yield each text in a part of a notebook, whose lines may be a list; of a dict, each key with its value."""
-    if isinstance(value, str) or (value and isinstance(value, list) and all(isinstance(one, str) for one in value)):
-        yield value if isinstance(value, str) else ("" if value[0].endswith("\n") else "\n").join(value)
+    if isinstance(value, str) or (
+        value and isinstance(value, list) and all(isinstance(one, str) for one in value)
+    ):
+        yield (
+            value
+            if isinstance(value, str)
+            else ("" if value[0].endswith("\n") else "\n").join(value)
+        )
     elif isinstance(value, list):
         for one in value:
             yield from strings(one)
@@ -71,7 +82,11 @@ def strings(value) -> Iterator[str]:
 
 
 def main(paths: list[str]) -> int:
-    files = [file for path in map(Path, paths) for file in (sorted(path.rglob("*.ipynb")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in map(Path, paths)
+        for file in (sorted(path.rglob("*.ipynb")) if path.is_dir() else [path])
+    ]
     found = [
         f"{file}{part}, line {number}: {start}..." for file in files for part, text in texts(file)
         for number, start in tokens(text)

@@ -25,7 +25,9 @@ SHORT = "short"  # send half of the body as if that were all
 RESET = "reset"  # reset the connection
 Fault = int | str
 
-_SENDS = r"^PUT |^POST .*(/repos/create|/validate-yaml|/preupload/main|/objects/batch|/commit/main)$"
+_SENDS = (
+    r"^PUT |^POST .*(/repos/create|/validate-yaml|/preupload/main|/objects/batch|/commit/main)$"
+)
 IN_THE_BODY = (HANG_HALF, CUT, SHORT)
 
 
@@ -59,7 +61,9 @@ class LoopbackServer:
             self._server.owner = self
             self._port = self._server.server_port
             self._released.clear()
-            self._server.loop = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+            self._server.loop = threading.Thread(
+                target=self._server.serve_forever, args=(0.01,), daemon=True
+            )
             self._server.loop.start()
 
     def stop(self):
@@ -133,9 +137,13 @@ class HubServer(LoopbackServer):
         if fault and isinstance(fault, int):
             return Response(fault, {}, b"")
         if re.search(_SENDS, f"{method} {path}"):
-            return self._receive(path, headers.get("Authorization") or "", body)._replace(fault=fault)
+            return self._receive(path, headers.get("Authorization") or "", body)._replace(
+                fault=fault
+            )
         recursive = parse_qs(urlsplit(url).query).get("recursive") == ["true"]
-        return self._answer(path, headers.get("Authorization") or "", recursive)._replace(fault=fault)
+        return self._answer(path, headers.get("Authorization") or "", recursive)._replace(
+            fault=fault
+        )
 
     def _answer(self, path: str, authorization: str, recursive: bool) -> Response:
         api, kind, path = re.fullmatch("/(api/)?(datasets/|models/)?(.*)", path).groups()
@@ -144,8 +152,14 @@ class HubServer(LoopbackServer):
         if files is None:
             return _missing("RepoNotFound")
         if isinstance(files, Path):
-            files = {str(file.relative_to(files)): file.read_bytes() for file in files.rglob("*") if file.is_file()}
-        commit = _digest(repr(sorted((file, _digest(content)) for file, content in files.items())).encode())
+            files = {
+                str(file.relative_to(files)): file.read_bytes()
+                for file in files.rglob("*")
+                if file.is_file()
+            }
+        commit = _digest(
+            repr(sorted((file, _digest(content)) for file, content in files.items())).encode()
+        )
         if revision not in ("", "main", commit):
             return _missing("RevisionNotFound")
         if not api and route == "resolve" and kind is None and f"{owner}/{name}" in self.gated:
@@ -153,9 +167,17 @@ class HubServer(LoopbackServer):
             if token not in self.tokens_with_access:
                 return _gated(f"{owner}/{name}", known=scheme == "Bearer")
         if not api and route == "resolve" and inner in files:
-            return Response(200, {"ETag": f'"{_digest(files[inner])}"', "X-Repo-Commit": commit}, files[inner])
+            return Response(
+                200, {"ETag": f'"{_digest(files[inner])}"', "X-Repo-Commit": commit}, files[inner]
+            )
         if api and route in ("", "revision"):
-            return _json({"id": f"{owner}/{name}", "sha": commit, "siblings": [{"rfilename": file} for file in files]})
+            return _json(
+                {
+                    "id": f"{owner}/{name}",
+                    "sha": commit,
+                    "siblings": [{"rfilename": file} for file in files],
+                }
+            )
         if api and route == "tree" and (entries := _tree(files, inner, recursive)):
             return _json(entries)
         return _missing("EntryNotFound", commit)
@@ -169,17 +191,28 @@ class HubServer(LoopbackServer):
             return _json({})
         user = self.users.get(authorization.removeprefix("Bearer "))
         if user is None:
-            message = "Invalid credentials in Authorization header" if authorization else "Invalid username or password"
+            message = (
+                "Invalid credentials in Authorization header"
+                if authorization
+                else "Invalid username or password"
+            )
             return _json({"error": message}, 401, {"X-Error-Message": message})
         if path == "/api/validate-yaml":
             wrong = self.bad_card in json.loads(body)["content"].encode()
-            errors = [{"message": "license: unexpected end of the flow collection"}] if wrong else []
+            errors = (
+                [{"message": "license: unexpected end of the flow collection"}] if wrong else []
+            )
             return _json({"errors": errors, "warnings": []}, 400 if wrong else 200)
         asked = [json.loads(line) for line in body.splitlines()]
         if path == "/api/repos/create":
             return self._create(asked[0], user)
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            return _json({"transfer": "basic", "objects": [self._place(**one) for one in asked[0]["objects"]]})
+            return _json(
+                {
+                    "transfer": "basic",
+                    "objects": [self._place(**one) for one in asked[0]["objects"]],
+                }
+            )
         match = re.fullmatch("/api/models/(([^/]+)/[^/]+)/(preupload|commit)/main", path)
         if not match or match[1] not in self.models:
             return _missing("RepoNotFound")
@@ -205,7 +238,10 @@ class HubServer(LoopbackServer):
         for one in asked[0]["files"]:
             large = one["path"].endswith((".safetensors", ".h5", ".spm", ".model"))
             old = self.models[repo].get(one["path"])
-            names = hashlib.sha256(old or b"").hexdigest(), _digest(b"blob %d\0" % len(old or b"") + (old or b""))
+            names = (
+                hashlib.sha256(old or b"").hexdigest(),
+                _digest(b"blob %d\0" % len(old or b"") + (old or b"")),
+            )
             oid = {} if old is None else {"oid": names[0] if large else names[1]}
             mode = "lfs" if large else "regular"
             files.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, **oid})
@@ -213,21 +249,37 @@ class HubServer(LoopbackServer):
 
     def _place(self, oid: str, size: int) -> dict:
         upload = {"href": f"{self.url_for_tokens}/storage/{oid}?signature=s3cret"}
-        return {"oid": oid, "size": size, **({} if oid in self._large else {"actions": {"upload": upload}})}
+        return {
+            "oid": oid,
+            "size": size,
+            **({} if oid in self._large else {"actions": {"upload": upload}}),
+        }
 
     def _commit(self, repo: str, asked: list[dict]) -> Response:
         brought = {}
         for line in asked[1:]:
             path = line["value"]["path"]
             small = line["key"] == "file"
-            content = base64.b64decode(line["value"]["content"]) if small else self._large.get(line["value"]["oid"])
+            content = (
+                base64.b64decode(line["value"]["content"])
+                if small
+                else self._large.get(line["value"]["oid"])
+            )
             if content is None:
-                return _json({"error": f"LFS pointer pointed to a file that does not exist: {path}"}, 400)
+                return _json(
+                    {"error": f"LFS pointer pointed to a file that does not exist: {path}"}, 400
+                )
             brought[path] = content
         self.models[repo] |= brought
         self.commits.append((repo, brought))
         oid = _digest(repr(self.commits).encode())
-        return _json({"success": True, "commitOid": oid, "commitUrl": f"{self.url_for_tokens}/{repo}/commit/{oid}"})
+        return _json(
+            {
+                "success": True,
+                "commitOid": oid,
+                "commitUrl": f"{self.url_for_tokens}/{repo}/commit/{oid}",
+            }
+        )
 
 
 class _Server(ThreadingHTTPServer):
@@ -239,7 +291,9 @@ class _Server(ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         arguments = (request, client_address)
-        self.connections[request] = threading.Thread(target=self.process_request_thread, args=arguments, daemon=True)
+        self.connections[request] = threading.Thread(
+            target=self.process_request_thread, args=arguments, daemon=True
+        )
         self.connections[request].start()
 
     def shutdown_request(self, request):
@@ -317,10 +371,22 @@ def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
     entries = {}
     for path, content in files.items():
         if path.startswith(start):
-            entries[path] = {"type": "file", "path": path, "size": len(content), "oid": _digest(content)}
+            entries[path] = {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": _digest(content),
+            }
             while (path := path.rpartition("/")[0]) not in ("", folder):
-                entries[path] = {"type": "directory", "path": path, "size": 0, "oid": _digest(path.encode())}
-    return [entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(start)]
+                entries[path] = {
+                    "type": "directory",
+                    "path": path,
+                    "size": 0,
+                    "oid": _digest(path.encode()),
+                }
+    return [
+        entry for path, entry in entries.items() if recursive or "/" not in path.removeprefix(start)
+    ]
 
 
 def _digest(content: bytes) -> str:
@@ -328,7 +394,9 @@ def _digest(content: bytes) -> str:
 
 
 def _json(value, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode())
+    return Response(
+        status, {"Content-Type": "application/json", **(headers or {})}, json.dumps(value).encode()
+    )
 
 
 def _forbidden() -> Response:
@@ -338,11 +406,17 @@ def _forbidden() -> Response:
 
 
 def _missing(what: str, commit: str | None = None) -> Response:
-    return Response(404, {"X-Error-Code": what, **({"X-Repo-Commit": commit} if commit else {})}, b"")
+    return Response(
+        404, {"X-Error-Code": what, **({"X-Repo-Commit": commit} if commit else {})}, b""
+    )
 
 
 def _gated(repo: str, known: bool) -> Response:
     """Say what the Hub says to one who has no access, `known` by a token or not."""
-    reason = "you are not in the authorized list" if known else "you must be authenticated to access it"
+    reason = (
+        "you are not in the authorized list" if known else "you must be authenticated to access it"
+    )
     message = f"Access to model {repo} is restricted and {reason}."
-    return Response(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": message}, b"")
+    return Response(
+        403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": message}, b""
+    )

@@ -53,7 +53,9 @@ class KaggleServer(LoopbackServer):
         if match := re.fullmatch(r"/storage/([^/]+)/(\d+)/(.+)", url.path):
             self.requests.append((url.path[1:], authorization))
             fault = parse_qs(url.query).get("fault", [None])[0]
-            return self._stored(self.presets[match[1]] / match[3], headers.get("Range"))._replace(fault=fault)
+            return self._stored(self.presets[match[1]] / match[3], headers.get("Range"))._replace(
+                fault=fault
+            )
         if match := re.fullmatch(r"/upload/(\d+)", url.path):
             return self._receive(self._blobs[int(match[1])], headers, body)
         match = re.fullmatch(r"(?:/api)?/v1/[\w.]+/(\w+)", url.path)
@@ -79,7 +81,9 @@ class KaggleServer(LoopbackServer):
             return _error(401, "Unauthenticated")
         if called == "Hello":
             return _json({"userName": user}) if user else _error(401, "Unauthenticated")
-        if called in ("GetModel", "CreateModel", "StartBlobUpload") or called.startswith("CreateModelInstance"):
+        if called in ("GetModel", "CreateModel", "StartBlobUpload") or called.startswith(
+            "CreateModelInstance"
+        ):
             return self._write(called, asked, user) if user else _error(401, "Unauthenticated")
         preset = asked.get("instanceSlug")
         if preset not in self.presets:
@@ -88,11 +92,19 @@ class KaggleServer(LoopbackServer):
             return _json({"slug": preset, "versionNumber": self.versions[-1]})
         if user not in self.consented:
             return _error(403, "User has not consented to terms of use.")
-        version, folder, path = asked.get("versionNumber"), self.presets[preset], asked.get("path", "")
+        version, folder, path = (
+            asked.get("versionNumber"),
+            self.presets[preset],
+            asked.get("path", ""),
+        )
         if version not in self.versions:
             return _error(404)
         if called == "ListModelInstanceVersionFiles":
-            files = [{"name": str(file.relative_to(folder))} for file in folder.rglob("*") if file.is_file()]
+            files = [
+                {"name": str(file.relative_to(folder))}
+                for file in folder.rglob("*")
+                if file.is_file()
+            ]
             return _json({"files": files, "nextPageToken": ""})
         if called == "DownloadModelInstanceVersion" and (folder / path).is_file():
             return Response(302, {"Location": f"/storage/{preset}/{version}/{path}"}, b"")
@@ -100,9 +112,16 @@ class KaggleServer(LoopbackServer):
 
     def _write(self, called: str, asked: dict, user: str) -> Response:
         if called == "StartBlobUpload":
-            self._blobs.append({"name": asked["name"], "size": asked["contentLength"], "content": b""})
+            self._blobs.append(
+                {"name": asked["name"], "size": asked["contentLength"], "content": b""}
+            )
             token = str(len(self._blobs) - 1)
-            return _json({"token": f"blob-{token}", "createUrl": f"{self.url}/upload/{token}?signature=s3cret"})
+            return _json(
+                {
+                    "token": f"blob-{token}",
+                    "createUrl": f"{self.url}/upload/{token}?signature=s3cret",
+                }
+            )
         model = f"{asked['ownerSlug']}/{asked.get('modelSlug') or asked.get('slug')}"
         if called == "GetModel" and model in self.private:
             return _json({"id": 1, "ref": model, "isPrivate": self.private[model]})
@@ -118,7 +137,10 @@ class KaggleServer(LoopbackServer):
         handle = f"{model}/{framework}/{(body if new else asked)['instanceSlug']}"
         if new and handle in self.versions_of:
             return _json({"error": "The instance slug is used already.", "errorCode": 409})
-        blobs = [(folder, self._blobs[int(token.removeprefix("blob-"))]) for folder, token in _tokens(body)]
+        blobs = [
+            (folder, self._blobs[int(token.removeprefix("blob-"))])
+            for folder, token in _tokens(body)
+        ]
         if any(len(blob["content"]) != blob["size"] for _, blob in blobs):
             return _json({"error": "A file has not been uploaded completely.", "errorCode": 400})
         files = {folder + blob["name"]: blob["content"] for folder, blob in blobs}
@@ -131,12 +153,17 @@ class KaggleServer(LoopbackServer):
         """Take a file, or the rest of one, and say how much of it is here."""
         what = f"upload/{blob['name']}"
         self.requests.append((what, headers.get("Authorization")))
-        asked = re.fullmatch(r"bytes (\*|(\d+)-\d+)/\d+", headers.get("Content-Range", "bytes 0-0/1"))
+        asked = re.fullmatch(
+            r"bytes (\*|(\d+)-\d+)/\d+", headers.get("Content-Range", "bytes 0-0/1")
+        )
         fault = self.take_fault(what)
         if fault and isinstance(fault, int):
             return Response(fault, {}, b"")
         if asked[2]:
-            blob["content"] = blob["content"][: int(asked[2])] + body[: len(body) // 2 if fault is not None else None]
+            blob["content"] = (
+                blob["content"][: int(asked[2])]
+                + body[: len(body) // 2 if fault is not None else None]
+            )
         if fault is None and len(blob["content"]) == blob["size"]:
             return _json({})
         reached = {"Range": f"bytes=0-{len(blob['content']) - 1}"} if blob["content"] else {}
@@ -154,7 +181,9 @@ class KaggleServer(LoopbackServer):
         content = file.read_bytes()
         headers = {"Content-Type": "application/octet-stream"}
         if self.checksums:
-            headers["X-Goog-Hash"] = "md5=" + base64.b64encode(hashlib.md5(content).digest()).decode()
+            headers["X-Goog-Hash"] = (
+                "md5=" + base64.b64encode(hashlib.md5(content).digest()).decode()
+            )
         if not self.ranges:
             return Response(200, headers, content)
         headers["Accept-Ranges"] = "bytes"
@@ -181,7 +210,9 @@ def serving(server: KaggleServer, cache: Path):
             _environment(cache),
             patch.dict(kaggle_env._env_to_endpoint, {kaggle_env.KaggleEnv.PROD: server.url}),
             patch.object(config, "_kaggle_credentials", None),
-            patch.object(config, "DEFAULT_KAGGLE_CREDENTIALS_FOLDER", str(Path.home() / ".kaggle")),  # read at import
+            patch.object(
+                config, "DEFAULT_KAGGLE_CREDENTIALS_FOLDER", str(Path.home() / ".kaggle")
+            ),  # read at import
         ):
             yield server
     finally:
@@ -218,7 +249,9 @@ def _environment(cache: Path, **variables: str):
             if name.startswith("KAGGLE") or name == "TBE_RUNTIME_ADDR":
                 del os.environ[name]
         hosts = "127.0.0.1,localhost"
-        os.environ.update(KAGGLEHUB_CACHE=str(cache), DISABLE_COLAB_CACHE="1", no_proxy=hosts, NO_PROXY=hosts)
+        os.environ.update(
+            KAGGLEHUB_CACHE=str(cache), DISABLE_COLAB_CACHE="1", no_proxy=hosts, NO_PROXY=hosts
+        )
         os.environ.update(variables)
         yield
 
@@ -231,7 +264,9 @@ def _tokens(body: dict, folder: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _json(value, status: int = 200) -> Response:
-    return Response(status, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode())
+    return Response(
+        status, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode()
+    )
 
 
 def _error(status: int, message: str = "") -> Response:

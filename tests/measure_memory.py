@@ -24,12 +24,26 @@ from gemma_lora.models import state_of
 MIB = 2**20
 SMALL = {"vocabulary_size": 8_000, "num_layers": 4, "num_query_heads": 4, "num_key_value_heads": 1}
 SMALL |= {"hidden_dim": 320, "intermediate_dim": 2560, "head_dim": 80}
-MIDDLE = {"vocabulary_size": 32_000, "num_layers": 8, "num_query_heads": 8, "num_key_value_heads": 1}
+MIDDLE = {
+    "vocabulary_size": 32_000,
+    "num_layers": 8,
+    "num_query_heads": 8,
+    "num_key_value_heads": 1,
+}
 MIDDLE |= {"hidden_dim": 768, "intermediate_dim": 6144, "head_dim": 96}
-LARGE = {"vocabulary_size": 64_000, "num_layers": 16, "num_query_heads": 8, "num_key_value_heads": 1}
+LARGE = {
+    "vocabulary_size": 64_000,
+    "num_layers": 16,
+    "num_query_heads": 8,
+    "num_key_value_heads": 1,
+}
 LARGE |= {"hidden_dim": 1024, "intermediate_dim": 8192, "head_dim": 128}
 MANY_KV = {"num_key_value_heads": 4}
-NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True, "use_sliding_window_attention": True}
+NORMS = {
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+}
 NORMS |= {"num_key_value_heads": 2, "sliding_window_size": 128}
 GEMMA2 = {**NORMS, "attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
 GEMMA3 = {**NORMS, "image_size": None, "vision_encoder": None}
@@ -79,7 +93,15 @@ def main(which: str) -> None:
 
 
 def measured(
-    name: str, geometry, dtype: str, rank: int, targets: str, rows: int, length: int, *, answering: bool
+    name: str,
+    geometry,
+    dtype: str,
+    rank: int,
+    targets: str,
+    rows: int,
+    length: int,
+    *,
+    answering: bool,
 ) -> dict:
     model = gl.load(name, dtype=dtype) if geometry is None else random_gemma(geometry, dtype)
     gl.enable_lora(model, rank=rank, targets=targets)
@@ -89,7 +111,11 @@ def measured(
     if answering:
         counted, compiled = budget.estimated_generation, budget.generation
     peak = (answer if answering else train)(model, rows, length)
-    values = {"what": "answering" if answering else "training", "model": name, "parameters": budget.parameters}
+    values = {
+        "what": "answering" if answering else "training",
+        "model": name,
+        "parameters": budget.parameters,
+    }
     values |= {"dtype": dtype, "targets": targets, "rank": rank, "rows": rows, "length": length}
     return values | {"counted": counted, "compiled": compiled, "measured": peak}
 
@@ -106,7 +132,9 @@ def random_gemma(geometry: dict, dtype: str):
 def train(model, rows: int, length: int) -> int:
     """Peak of the steps after the first, which compiles."""
     record = {"instruction": "Name rivers.", "context": "", "response": "river " * length}
-    callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: step or reset(logs["loss"]))
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: step or reset(logs["loss"])
+    )
     callback.async_safe = True  # as in use: Keras need not wait for each step
     settings = {"batch_size": rows, "sequence_length": length, "verbose": 0}
     gl.fit(model, [record] * (3 * rows), callbacks=[callback], **settings)

@@ -31,7 +31,10 @@ class TerminalClient(NotebookClient):
 
     def process_message(self, msg, cell, cell_index):
         content, kind = msg.get("content", {}), msg["msg_type"]
-        shown = kind in ("execute_result", "display_data", "update_display_data") and "image/png" not in content["data"]
+        shown = (
+            kind in ("execute_result", "display_data", "update_display_data")
+            and "image/png" not in content["data"]
+        )
         if self.moving and (kind == "stream" or (shown and not content.get("transient"))):
             self.moving = print(flush=True)
         if kind == "stream":
@@ -69,8 +72,12 @@ def announce(notebook: nbformat.NotebookNode, index: int) -> None:
 def page(notebook: nbformat.NotebookNode, name: str) -> Path:
     """Write a page that needs nothing else: pictures inside, nothing fetched."""
     notebook = copy.deepcopy(notebook)
-    notebook.cells[0].source = re.sub(r"\n\[!\[Open in Colab.*\n", "", notebook.cells[0].source)  # a remote picture
-    exporter = HTMLExporter(embed_images=True, require_js_url="", jquery_url="", mathjax_url="", mermaid_js_url="")
+    notebook.cells[0].source = re.sub(
+        r"\n\[!\[Open in Colab.*\n", "", notebook.cells[0].source
+    )  # a remote picture
+    exporter = HTMLExporter(
+        embed_images=True, require_js_url="", jquery_url="", mathjax_url="", mermaid_js_url=""
+    )
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": name}})
     PAGES.mkdir(exist_ok=True)
     file = PAGES / f"{name}.html"
@@ -80,7 +87,9 @@ def page(notebook: nbformat.NotebookNode, name: str) -> Path:
 
 def picture(notebook: nbformat.NotebookNode) -> bytes:
     """The last picture that a notebook shows."""
-    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    outputs = [
+        output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])
+    ]
     return base64.b64decode([data["image/png"] for data in outputs if "image/png" in data][-1])
 
 
@@ -119,8 +128,19 @@ def save() -> int:
 
 def test() -> int:
     shutil.rmtree(ROOT / "notebooks/artifacts", ignore_errors=True)
-    command = ["-m", "pytest", "-x", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=900", "-o", "addopts=-q"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")}
+    command = [
+        "-m",
+        "pytest",
+        "-x",
+        "--nbval",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=900",
+        "-o",
+        "addopts=-q",
+    ]
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")
+    }
     return subprocess.run(
         [sys.executable, *command, *map(str, NOTEBOOKS)], cwd=ROOT, env=environment, check=False
     ).returncode

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # GitHub's rules: an owner is words of letters and digits joined by single hyphens; a name does not end in ".git".
 ADDRESS = re.compile(
-    r"(?=.{1,39}/)[a-z\d]+(-[a-z\d]+)*/(?!\.{1,2}$)(?!.*\.git$)[\w.-]{1,100}", re.ASCII | re.IGNORECASE
+    r"(?=.{1,39}/)[a-z\d]+(-[a-z\d]+)*/(?!\.{1,2}$)(?!.*\.git$)[\w.-]{1,100}",
+    re.ASCII | re.IGNORECASE,
 )
 
 
@@ -34,7 +35,9 @@ def repository(root: Path) -> str:
 def set_repo(new: str, root: Path = ROOT) -> list[Path]:
     """Replace the address, and nothing else, in every text file of `root`; returns the files that changed."""
     if not ADDRESS.fullmatch(new):
-        raise ValueError(f"REPO is owner/name, what follows github.com/ in the repository's address. Received: {new!r}")
+        raise ValueError(
+            f"REPO is owner/name, what follows github.com/ in the repository's address. Received: {new!r}"
+        )
     # Only in addresses and set-up cells: elsewhere "owner/name" may be a file's path; and it may begin a longer name.
     before, after = r"""github(?:\.com)?[/:]|REPOSITORY[^"\n]*\"""", r"(?!(?!\.git\b)\.?[\w-])"
     old = re.compile(f"({before}){re.escape(repository(root))}{after}")

@@ -36,7 +36,14 @@ ADA, EVE, NOBODY = "KGAT_ada_secret", "KGAT_eve_secret", "KGAT_nobody_secret"
 REPO, HF = "someone/tiny", "hf://someone/tiny"
 HF_ADA, HF_EVE = "hf_ada_secret", "hf_eve_secret"
 SECRETS = (ADA, EVE, NOBODY, HF_ADA, HF_EVE)
-EVERYWHERE = {"401", "403", "404", "503, always", "hangs", "half of it"}  # on other files than the weights: long counts
+EVERYWHERE = {
+    "401",
+    "403",
+    "404",
+    "503, always",
+    "hangs",
+    "half of it",
+}  # on other files than the weights: long counts
 LOADS = "loads"
 
 
@@ -57,7 +64,10 @@ OUTCOMES: dict[tuple[str, str], str] = {}  # (fault, place) -> what came of it
 def table():
     yield
     if "ACCESS_TABLE" in os.environ:
-        rows = [f"| {fault} | {place.strip('/')} | {said} |" for (fault, place), said in OUTCOMES.items()]
+        rows = [
+            f"| {fault} | {place.strip('/')} | {said} |"
+            for (fault, place), said in OUTCOMES.items()
+        ]
         head = ["| fault | place | what gl.load does |", "|---|---|---|"]
         Path(os.environ["ACCESS_TABLE"]).write_text(
             "\n".join([*head, *(row.replace("\n", " ") for row in rows)]) + "\n"
@@ -99,7 +109,9 @@ def model_hub(tmp_path, monkeypatch, no_waiting):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     ask = huggingface_hub.HfApi.model_info
     monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", lambda self, repo, timeout: ask(self, repo, timeout=timeout / 20)
+        huggingface_hub.HfApi,
+        "model_info",
+        lambda self, repo, timeout: ask(self, repo, timeout=timeout / 20),
     )
     monkeypatch.delenv("HF_TOKEN", raising=False)
     yield server
@@ -230,7 +242,9 @@ def test_consent_given_meanwhile_is_seen_by_the_next_call(kaggle):
 def test_a_user_whose_name_kaggle_does_not_say_is_told_of_the_credentials(kaggle):
     sign_in(EVE)
     kaggle.failing = {"Hello": 503}
-    expect("no consent, and 503 to the question whose token it is", CONFIG, "credentials", ("(403)",))
+    expect(
+        "no consent, and 503 to the question whose token it is", CONFIG, "credentials", ("(403)",)
+    )
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "größer"])
@@ -248,8 +262,16 @@ def test_a_token_that_no_header_can_carry_is_refused_unseen(kaggle, token):
 @pytest.mark.parametrize(
     ("preset", "fault", "words"),
     [
-        ("kaggle://keras/gemma/keras/gemma_2b_en/99", "no such version", ("gemma_2b_en/99", "spelt")),
-        ("kaggle://keras/gemma/keras/gemma_3b_en/1", "no such variation", ("gemma_3b_en/1", "spelt")),
+        (
+            "kaggle://keras/gemma/keras/gemma_2b_en/99",
+            "no such version",
+            ("gemma_2b_en/99", "spelt"),
+        ),
+        (
+            "kaggle://keras/gemma/keras/gemma_3b_en/1",
+            "no such variation",
+            ("gemma_3b_en/1", "spelt"),
+        ),
         ("gemma_7b_en", "a preset that Kaggle took away", ("gemma_7b_en", "spelt")),
     ],
 )
@@ -269,7 +291,8 @@ def test_handles_load_too_with_and_without_a_version(kaggle, handle):
 
 
 @pytest.mark.parametrize(
-    "handle", ["kaggle://keras/gemma", "kaggle://", "kaggle://a/b/c/d/e/f", "someone/tiny", "ftp://x/y"]
+    "handle",
+    ["kaggle://keras/gemma", "kaggle://", "kaggle://a/b/c/d/e/f", "someone/tiny", "ftp://x/y"],
 )
 def test_what_is_no_handle_is_no_fault_of_the_network(kaggle, handle):
     with pytest.raises(ValueError, match=r"(?i)handle|preset"):
@@ -279,7 +302,12 @@ def test_what_is_no_handle_is_no_fault_of_the_network(kaggle, handle):
 
 def test_nobody_listens(kaggle):
     kaggle.stop()
-    expect("connection refused", CONFIG, "network", ("Kaggle cannot be reached", "proxy", "tiny_gemma_en"))
+    expect(
+        "connection refused",
+        CONFIG,
+        "network",
+        ("Kaggle cannot be reached", "proxy", "tiny_gemma_en"),
+    )
     expect_recovery(kaggle)
 
 
@@ -297,7 +325,9 @@ def test_a_login_page_instead_of_a_file_is_named_and_not_kept(kaggle, tmp_path, 
 
 
 def test_a_login_page_instead_of_kaggle_is_no_crash(kaggle, monkeypatch):
-    page = Response(200, {"Content-Type": "text/html"}, b"<!doctype html><title>Please log in</title>")
+    page = Response(
+        200, {"Content-Type": "text/html"}, b"<!doctype html><title>Please log in</title>"
+    )
     monkeypatch.setattr(kaggle, "respond", lambda *asked: page)
     found, sentence = outcome()
     OUTCOMES["a login page in place of the whole of Kaggle", CONFIG] = f"{found}: {sentence}"
@@ -313,7 +343,9 @@ def test_a_login_page_instead_of_kaggle_is_no_crash(kaggle, monkeypatch):
 def test_a_fault_on_a_smaller_file_ends_well_too(kaggle, fault, place):
     kaggle.failing = {place: list(fault) if isinstance(fault, list) else fault}
     found, sentence = outcome()
-    OUTCOMES[f"{fault[0]}, once" if isinstance(fault, list) else f"{fault}, always", place] = f"{found}: {sentence}"
+    OUTCOMES[f"{fault[0]}, once" if isinstance(fault, list) else f"{fault}, always", place] = (
+        f"{found}: {sentence}"
+    )
     assert found in (LOADS, "server", "consent")
     if found != LOADS:
         expect_recovery(kaggle)
@@ -324,7 +356,11 @@ def test_a_fault_on_a_smaller_file_ends_well_too(kaggle, fault, place):
 
 @pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
 def test_a_full_disk_is_named_and_once_there_is_room_the_next_call_works(kaggle, tmp_path, place):
-    name = next(str(file.relative_to(TINY_FOLDER)) for file in TINY_FOLDER.rglob("*") if str(file).endswith(place))
+    name = next(
+        str(file.relative_to(TINY_FOLDER))
+        for file in TINY_FOLDER.rglob("*")
+        if str(file).endswith(place)
+    )
     target = cached(tmp_path, name)
     target.parent.mkdir(parents=True)
     target.symlink_to("/dev/full")
@@ -360,7 +396,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize(("damage", "place"), at_places(DAMAGES, CONFIG, WEIGHTS, VOCABULARY))
-def test_what_is_damaged_in_the_cache_is_fetched_again_by_itself(kaggle, tmp_path, damage, place, marked):
+def test_what_is_damaged_in_the_cache_is_fetched_again_by_itself(
+    kaggle, tmp_path, damage, place, marked
+):
     fetch_all()
     file = next(file for file in (tmp_path / "cache").rglob("*") if str(file).endswith(place))
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
@@ -386,7 +424,9 @@ def test_what_is_damaged_in_the_cache_is_not_used_without_a_network_either(kaggl
 def served(request, kaggle, tmp_path):
     """Kaggle with the preset, whole, or as older ones are, whose weights do not come last."""
     if request.param == "without task.json":
-        shutil.copytree(TINY_FOLDER, tmp_path / "served", ignore=lambda *_: ["task.json", "preprocessor.json"])
+        shutil.copytree(
+            TINY_FOLDER, tmp_path / "served", ignore=lambda *_: ["task.json", "preprocessor.json"]
+        )
         kaggle.presets[PRESET] = tmp_path / "served"
     return kaggle
 
@@ -411,7 +451,10 @@ def test_what_was_loaded_once_loads_without_credentials(served):
 
 def test_what_was_loaded_once_is_not_fetched_again_and_answers(kaggle):
     question = "The capital of France is"
-    answers = [gl.generate(gl.load(name), question, template=None, max_new_tokens=5) for name in (PRESET, TINY)]
+    answers = [
+        gl.generate(gl.load(name), question, template=None, max_new_tokens=5)
+        for name in (PRESET, TINY)
+    ]
     assert answers[0] == answers[1]
     kaggle.requests.clear()
     assert outcome() == (LOADS, "")
@@ -423,7 +466,12 @@ def test_what_was_fetched_in_part_is_not_taken_for_complete(served, place):
     served.failing = {place: RESET}
     assert outcome()[0] in ("network", "damaged")
     served.stop()
-    expect(f"{place.strip('/')} was never fetched; then no network", "all", "network", ("cannot be reached",))
+    expect(
+        f"{place.strip('/')} was never fetched; then no network",
+        "all",
+        "network",
+        ("cannot be reached",),
+    )
     expect_recovery(served)
 
 
@@ -463,12 +511,19 @@ def test_a_tokenizer_without_consent_names_the_page(kaggle):
 @pytest.mark.parametrize(
     ("token", "fault", "reason", "words"),
     [
-        (None, "gated, no token", "credentials", ("no token for the Hub", f"huggingface.co/{REPO}", "HF_TOKEN")),
+        (
+            None,
+            "gated, no token",
+            "credentials",
+            ("no token for the Hub", f"huggingface.co/{REPO}", "HF_TOKEN"),
+        ),
         (HF_EVE, "gated, no access", "consent", (f"huggingface.co/{REPO}", "accept")),
         (HF_ADA, "gated, access", LOADS, ()),
     ],
 )
-def test_a_gated_repository_says_what_is_missing(model_hub, monkeypatch, token, fault, reason, words):
+def test_a_gated_repository_says_what_is_missing(
+    model_hub, monkeypatch, token, fault, reason, words
+):
     model_hub.gated = {REPO}
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -513,11 +568,21 @@ def test_a_hub_that_fails_altogether_is_named_soon(model_hub, fault):
 
 
 def test_a_repository_that_the_hub_does_not_have_is_called_unknown(model_hub):
-    expect("Hub: no such repository", CONFIG, "unknown", ("someone/else", "spelt"), preset="hf://someone/else")
+    expect(
+        "Hub: no such repository",
+        CONFIG,
+        "unknown",
+        ("someone/else", "spelt"),
+        preset="hf://someone/else",
+    )
 
 
-@pytest.mark.parametrize(("damage", "place"), at_places(["half of it", "a web page"], CONFIG, WEIGHTS, VOCABULARY))
-def test_what_is_damaged_in_the_cache_of_the_hub_is_fetched_again(model_hub, tmp_path, damage, place):
+@pytest.mark.parametrize(
+    ("damage", "place"), at_places(["half of it", "a web page"], CONFIG, WEIGHTS, VOCABULARY)
+)
+def test_what_is_damaged_in_the_cache_of_the_hub_is_fetched_again(
+    model_hub, tmp_path, damage, place
+):
     assert outcome(preset=HF) == (LOADS, "")
     file = next(file for file in (tmp_path / "hub").rglob("*") if str(file).endswith(place))
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
@@ -556,24 +621,35 @@ def offline(*presets: str) -> list[str]:
     """What a process of its own says that may not ask the Hub."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": constants.HF_HUB_CACHE}
     ran = subprocess.run(
-        [sys.executable, "-c", LOAD_OFFLINE, *presets], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LOAD_OFFLINE, *presets],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()
 
 
-def test_offline_what_is_not_here_is_said_and_the_small_world_stands_in(model_hub, hub, tmp_path, monkeypatch):
+def test_offline_what_is_not_here_is_said_and_the_small_world_stands_in(
+    model_hub, hub, tmp_path, monkeypatch
+):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     refused, dolly, instead, rows = offline(HF)
     OUTCOMES["HF_HUB_OFFLINE=1, nothing cached", "all"] = refused
     OUTCOMES["HF_HUB_OFFLINE=1, no Dolly", "load_dolly"] = f"{dolly} {instead}"
-    assert refused.startswith(f"network '{HF}' is not on this machine") and "HF_HUB_OFFLINE" in refused
+    assert (
+        refused.startswith(f"network '{HF}' is not on this machine") and "HF_HUB_OFFLINE" in refused
+    )
     assert DOLLY in dolly and instead == "These are records of the small world instead."
     assert rows.startswith("3 rows: ") and "Dolly" not in rows
 
 
 def test_offline_what_was_fetched_before_is_used(model_hub, hub, tmp_path, monkeypatch):
-    rows = [{"instruction": f"Dolly {n}?", "context": "", "response": "So.", "category": "open_qa"} for n in range(5)]
+    rows = [
+        {"instruction": f"Dolly {n}?", "context": "", "response": "So.", "category": "open_qa"}
+        for n in range(5)
+    ]
     hub.repos[DOLLY] = {"databricks-dolly-15k.jsonl": "\n".join(map(json.dumps, rows)).encode()}
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
@@ -581,7 +657,9 @@ def test_offline_what_was_fetched_before_is_used(model_hub, hub, tmp_path, monke
     monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE)
     with monkeypatch.context() as back:  # Dolly is on the other Hub, that of all tests
         back.setattr(constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
-        back.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{os.environ['HF_ENDPOINT']}{TEMPLATE}")
+        back.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{os.environ['HF_ENDPOINT']}{TEMPLATE}"
+        )
         gl.load_dolly(rows=3)
     model_hub.stop()
     assert offline(HF) == [f"loaded {HF}", "3 rows: Dolly 0?"]

@@ -37,7 +37,10 @@ def test_the_file_says_what_it_belongs_to(tiny_tuned, tmp_path):
     assert about["base"] == "tiny_gemma_en"
     assert about["run"]["learning_rate"] == 0.005
     assert set(load_file(tmp_path / "adapter.safetensors")) == {
-        f"decoder_block_{i}/attention/{name}/{part}" for i in range(4) for name in ("query", "value") for part in "ab"
+        f"decoder_block_{i}/attention/{name}/{part}"
+        for i in range(4)
+        for name in ("query", "value")
+        for part in "ab"
     }
 
 
@@ -45,7 +48,10 @@ def test_a_loaded_adapter_answers_with_its_own_template(tiny_tuned, tiny_factory
     gl.save_adapter(tiny_tuned, tmp_path)
     fresh = tiny_factory()
     gl.load_adapter(fresh, tmp_path)
-    assert gl.generate(fresh, "What is the capital of Slovenia?") == "The capital of Slovenia is Ljubljana."
+    assert (
+        gl.generate(fresh, "What is the capital of Slovenia?")
+        == "The capital of Slovenia is Ljubljana."
+    )
 
 
 def test_an_adapter_brings_its_template_into_answers_and_further_training(tiny_factory, tmp_path):
@@ -65,7 +71,9 @@ def test_an_adapter_brings_its_template_into_answers_and_further_training(tiny_f
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_on_a_merged_model_an_adapter_of_the_base_is_refused_with_the_way_out(random_model, tmp_path, keep):
+def test_on_a_merged_model_an_adapter_of_the_base_is_refused_with_the_way_out(
+    random_model, tmp_path, keep
+):
     model = random_model("gemma")
     gl.enable_lora(model)
     randomize_adapters(model)
@@ -102,10 +110,15 @@ def test_saving_again_replaces_and_leaves_no_parts(random_model, tmp_path):
     for seed in (1, 2):
         randomize_adapters(model, seed)
         gl.save_adapter(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter.json",
+        "adapter.safetensors",
+    ]
     layer = lora_layers(model)["decoder_block_0/attention/query"]
     assert np.array_equal(
-        load_file(tmp_path / "adapter.safetensors")["decoder_block_0/attention/query/b"], layer.lora_kernel_b
+        load_file(tmp_path / "adapter.safetensors")["decoder_block_0/attention/query/b"],
+        layer.lora_kernel_b,
     )
 
 
@@ -118,11 +131,15 @@ def test_the_file_holds_losses_and_versions_and_no_path_of_the_machine(tmp_path)
     gl.save_adapter(model, tmp_path / "mine")
     about = json.loads((tmp_path / "mine/adapter.json").read_text())
     assert about["base"] == "my-base"
-    assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in (tmp_path / "mine").iterdir())
+    assert str(tmp_path) not in "".join(
+        path.read_text(errors="replace") for path in (tmp_path / "mine").iterdir()
+    )
     losses = about["run"]["held_out_loss"]
     assert losses["tuned"] == about["run"]["history"]["val_loss"][-1] < losses["base"]
     with gl.adapters_off(model):
-        assert gl.evaluate(model, held_out.select(range(8)), answers=False).loss == pytest.approx(losses["base"], 1e-5)
+        assert gl.evaluate(model, held_out.select(range(8)), answers=False).loss == pytest.approx(
+            losses["base"], 1e-5
+        )
     assert set(about["versions"]) == {"gemma-lora", "keras", "keras-hub", "jax"}
 
 
@@ -158,7 +175,9 @@ def test_a_save_that_is_cut_off_leaves_an_adapter(random_model, tmp_path, monkey
     assert not [*tmp_path.glob("*.part"), *tmp_path.glob("*.old")]
 
 
-def test_our_own_adapter_comes_before_one_of_peft_in_the_same_folder(tiny_tuned, tiny_factory, tmp_path):
+def test_our_own_adapter_comes_before_one_of_peft_in_the_same_folder(
+    tiny_tuned, tiny_factory, tmp_path
+):
     gl.save_adapter(tiny_tuned, tmp_path)
     gl.export_peft(tiny_tuned, tmp_path)
     model = tiny_factory()
@@ -168,7 +187,10 @@ def test_our_own_adapter_comes_before_one_of_peft_in_the_same_folder(tiny_tuned,
 
 def test_another_adapter_takes_the_place_of_one(random_model, tmp_path):
     model = random_model("gemma")
-    kinds = {"wide": {"rank": 4, "targets": "all_linear"}, "thin": {"rank": 1, "alpha": 3, "targets": "key"}}
+    kinds = {
+        "wide": {"rank": 4, "targets": "all_linear"},
+        "thin": {"rank": 1, "alpha": 3, "targets": "key"},
+    }
     outputs = {}
     for name, options in kinds.items():
         gl.remove_adapter(model)
@@ -188,7 +210,9 @@ def test_switching_between_adapters_of_one_shape_compiles_nothing(tiny_lora, tmp
     answers = []
     gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=8)
     (_, function), *_ = tiny_lora.gemma_lora.samplers.values()
-    (jitted,) = [c.cell_contents for c in function.__closure__ if hasattr(c.cell_contents, "_cache_size")]
+    (jitted,) = [
+        c.cell_contents for c in function.__closure__ if hasattr(c.cell_contents, "_cache_size")
+    ]
     for seed in (1, 2, 1):
         gl.load_adapter(tiny_lora, tmp_path / str(seed))
         answers.append(gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=8))
@@ -260,9 +284,20 @@ def change_about(folder, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: change_tensors(f, lambda t: t.pop("decoder_block_0/attention/query/a")), "does not fit"),
-        (lambda f: change_tensors(f, lambda t: t.update(spare=np.zeros(1, "float32"))), "does not fit"),
-        (lambda f: change_tensors(f, lambda t: t.update({"../../escaped": np.zeros(1, "float32")})), "does not fit"),
+        (
+            lambda f: change_tensors(f, lambda t: t.pop("decoder_block_0/attention/query/a")),
+            "does not fit",
+        ),
+        (
+            lambda f: change_tensors(f, lambda t: t.update(spare=np.zeros(1, "float32"))),
+            "does not fit",
+        ),
+        (
+            lambda f: change_tensors(
+                f, lambda t: t.update({"../../escaped": np.zeros(1, "float32")})
+            ),
+            "does not fit",
+        ),
         (lambda f: change_tensors(f, lambda t: [x.fill(np.nan) for x in t.values()]), "no numbers"),
         (lambda f: (f / "adapter.safetensors").write_bytes(b"cut"), "cut or altered"),
         (lambda f: (f / "adapter.json").write_text("{"), "cannot be read"),
@@ -277,7 +312,9 @@ def change_about(folder, **changes):
         (lambda f: change_about(f, run={"template": {"name": "x"}}), "cannot be read"),
     ],
 )
-def test_a_damaged_adapter_is_refused_and_the_model_left_as_it_was(random_model, saved, damage, message):
+def test_a_damaged_adapter_is_refused_and_the_model_left_as_it_was(
+    random_model, saved, damage, message
+):
     model = random_model("gemma")
     base = logits(model)
     damage(saved)
@@ -298,7 +335,17 @@ def damage_by_chance(folder, draw):
     """One of many ways in which a folder may reach a friend damaged; returns its name."""
     tensors, about = folder / "adapter.safetensors", folder / "adapter.json"
     kind = draw.choice(
-        ["flip tensors", "flip json", "cut tensors", "cut json", "swap", "edit", "name", "empty", "tail"]
+        [
+            "flip tensors",
+            "flip json",
+            "cut tensors",
+            "cut json",
+            "swap",
+            "edit",
+            "name",
+            "empty",
+            "tail",
+        ]
     )
     if kind.startswith("flip"):
         path = tensors if "tensors" in kind else about
@@ -347,7 +394,9 @@ def test_no_damaged_folder_is_loaded_silently_wrong(random_model, saved, tmp_pat
             tally[kind, "refused"] += 1
         else:  # such as a bit of a blank in the JSON, or an edit to what was there
             assert loaded == right
-            assert all(np.array_equal(weight, tensors[name]) for name, weight in _tensors(model).items())
+            assert all(
+                np.array_equal(weight, tensors[name]) for name, weight in _tensors(model).items()
+            )
             gl.remove_adapter(model)
             tally[kind, "harmless"] += 1
         assert sorted(folder.iterdir()) == files
@@ -363,7 +412,9 @@ def test_targets_in_another_order_are_the_same_and_other_targets_are_refused(ran
         gl.load_adapter(model, saved, targets="all_linear")
     about = json.loads((saved / "adapter.json").read_text())
     change_about(saved, targets=about["targets"][::-1])
-    assert gl.load_adapter(model, saved, targets=about["targets"]).targets == tuple(about["targets"])
+    assert gl.load_adapter(model, saved, targets=about["targets"]).targets == tuple(
+        about["targets"]
+    )
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

@@ -31,9 +31,13 @@ def test_every_notebook_runs_on_another_model_and_on_dolly(path, folder, hub, mo
     monkeypatch.setenv("GEMMA_LORA_PRESET", str(folder / "another_gemma_en"))
     monkeypatch.setenv("GEMMA_LORA_ROWS", "40")
     shutil.copy(path, folder)
-    text = json.dumps(execute(folder / path.name, fresh=False))  # a cell that fails is an error here
+    text = json.dumps(
+        execute(folder / path.name, fresh=False)
+    )  # a cell that fails is an error here
     assert "(from GEMMA_LORA_PRESET)" in text
-    if path.stem.startswith(("05", "10")):  # they go on with what notebook 04 left; 05 tunes a second adapter
+    if path.stem.startswith(
+        ("05", "10")
+    ):  # they go on with what notebook 04 left; 05 tunes a second adapter
         assert text.count("One epoch is") == path.stem.startswith("05")
         assert "40 records, 1 epoch" in text
     elif "load_dolly" in text:
@@ -60,15 +64,22 @@ def test_without_an_account_the_first_notebook_says_so_and_goes_on(kaggle, folde
     assert "tiny_gemma_en: 1,943,232 parameters" in text
 
 
-def test_with_an_account_but_no_consent_the_first_notebook_names_the_page(kaggle, folder, monkeypatch):
+def test_with_an_account_but_no_consent_the_first_notebook_names_the_page(
+    kaggle, folder, monkeypatch
+):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "a-dummy-token")
     shutil.copy(NOTEBOOKS[1], folder)
     text = json.dumps(execute(folder / NOTEBOOKS[1].name))
-    assert "ada has not accepted the licence of 'gemma_2b_en': open https://www.kaggle.com/models/keras/gemma" in text
+    assert (
+        "ada has not accepted the licence of 'gemma_2b_en': open https://www.kaggle.com/models/keras/gemma"
+        in text
+    )
     assert "tiny_gemma_en: 1,943,232 parameters" in text
 
 
-def test_with_consent_the_first_notebook_fetches_the_preset_by_its_name(kaggle, folder, monkeypatch):
+def test_with_consent_the_first_notebook_fetches_the_preset_by_its_name(
+    kaggle, folder, monkeypatch
+):
     monkeypatch.setenv("KAGGLE_API_TOKEN", "a-dummy-token")
     kaggle.consented.add("ada")
     shutil.copy(NOTEBOOKS[1], folder)

@@ -5,10 +5,22 @@ from hypothesis import strategies as st
 
 from gemma_lora.batches import Batches
 from gemma_lora.templates import text_pieces
-from gemma_lora.tokens import Encoded, Example, encode, load_tokenizer, shift_for_next_token, show_tokens, tokenizer_of
+from gemma_lora.tokens import (
+    Encoded,
+    Example,
+    encode,
+    load_tokenizer,
+    shift_for_next_token,
+    show_tokens,
+    tokenizer_of,
+)
 
 RECORDS = [
-    {"instruction": "What is the capital of France?", "context": "", "response": "The capital of France is Paris."},
+    {
+        "instruction": "What is the capital of France?",
+        "context": "",
+        "response": "The capital of France is Paris.",
+    },
     {"instruction": "Where does the koala live?", "context": "", "response": "In Australia."},
 ]
 
@@ -35,14 +47,22 @@ def test_the_end_token_is_always_learned(tiny, template, end, loss_on):
 def test_the_weighted_targets_are_the_response(tiny):
     tokenizer = tokenizer_of(tiny)
     example = encode(tiny, RECORDS).examples[0]
-    learned = [target for target, weight in zip(example.targets, example.weights, strict=True) if weight]
+    learned = [
+        target for target, weight in zip(example.targets, example.weights, strict=True) if weight
+    ]
     assert tokenizer.decode(learned) == RECORDS[0]["response"]
     assert example.inputs[0] == tokenizer.bos_id
 
 
 def test_truncation_and_rows_without_room_are_counted(tiny):
-    prompt = len(encode(tiny, RECORDS[:1]).examples[0].inputs) - sum(encode(tiny, RECORDS[:1]).examples[0].weights) + 1
-    encoded = encode(tiny, [RECORDS[0], {**RECORDS[0], "instruction": "long " * 500}], sequence_length=prompt + 2)
+    prompt = (
+        len(encode(tiny, RECORDS[:1]).examples[0].inputs)
+        - sum(encode(tiny, RECORDS[:1]).examples[0].weights)
+        + 1
+    )
+    encoded = encode(
+        tiny, [RECORDS[0], {**RECORDS[0], "instruction": "long " * 500}], sequence_length=prompt + 2
+    )
     assert (encoded.truncated, encoded.dropped, len(encoded.examples)) == (1, 1, 1)
     assert encoded.lengths.tolist() == [prompt + 2]
 
@@ -60,7 +80,9 @@ def test_nothing_to_encode_says_why(tiny):
         encode(tiny, [])
 
 
-@pytest.mark.parametrize("wrong", [{"loss_on": "prompt"}, {"sequence_length": 1}, {"sequence_length": 9.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"loss_on": "prompt"}, {"sequence_length": 1}, {"sequence_length": 9.5}]
+)
 def test_wrong_options_are_refused(tiny, wrong):
     with pytest.raises(ValueError, match="Received"):
         encode(tiny, RECORDS, **wrong)
@@ -77,7 +99,9 @@ def test_every_record_is_in_an_epoch_exactly_once_in_one_shape(tiny):
             found = [
                 tuple(ids[numbers == number])
                 for features, *_ in (batches[i] for i in range(len(batches)))
-                for ids, numbers in zip(features["token_ids"], features["padding_mask"], strict=True)
+                for ids, numbers in zip(
+                    features["token_ids"], features["padding_mask"], strict=True
+                )
                 for number in range(1, numbers.max() + 1)
             ]
             assert sorted(found) == sorted(tuple(example.inputs) for example in encoded.examples)
@@ -89,19 +113,28 @@ def test_every_record_is_in_an_epoch_exactly_once_in_one_shape(tiny):
     st.lists(st.integers(1, 600), min_size=1, max_size=300), st.one_of(st.none(), st.integers(1, 20)),
     st.integers(1, 2000), st.integers(0, 5),
 )  # fmt: skip
-def test_whatever_the_lengths_each_record_comes_once_whole_and_in_one_shape(lengths, batch_size, tokens, epoch):
-    examples = [Example([number] * length, [number] * length, [1] * length) for number, length in enumerate(lengths)]
+def test_whatever_the_lengths_each_record_comes_once_whole_and_in_one_shape(
+    lengths, batch_size, tokens, epoch
+):
+    examples = [
+        Example([number] * length, [number] * length, [1] * length)
+        for number, length in enumerate(lengths)
+    ]
     encoded = Encoded(examples, pad_id=-1, numbers=[*range(len(lengths))])
     batches = Batches(encoded, batch_size=batch_size, batch_tokens=tokens, seed=0)
     batches.start(epoch)
     rows, width = batches.shape
-    assert rows == batch_size or (batch_size is None and rows * width <= max(tokens, max(lengths) + 15))
+    assert rows == batch_size or (
+        batch_size is None and rows * width <= max(tokens, max(lengths) + 15)
+    )
     seen = []
     for step, (features, targets, weights) in enumerate(batches[i] for i in range(len(batches))):
         ids, numbers = features["token_ids"], features["padding_mask"]
         assert ids.shape == numbers.shape == targets.shape == weights.shape == batches.shape
         assert (
-            (ids == targets).all() and ((weights == 1) == (numbers > 0)).all() and ((ids == -1) == (numbers == 0)).all()
+            (ids == targets).all()
+            and ((weights == 1) == (numbers > 0)).all()
+            and ((ids == -1) == (numbers == 0)).all()
         )
         here = []
         for row in range(rows):
@@ -136,7 +169,10 @@ def test_an_epoch_can_begin_at_a_step(tiny):
 def test_the_same_seed_gives_the_same_order(tiny):
     encoded = encode(tiny, RECORDS * 20)
     one, two, other = (Batches(encoded, batch_size=4, seed=seed) for seed in (1, 1, 2))
-    first = [np.concatenate([batches[i][1] for i in range(len(batches))]) for batches in (one, two, other)]
+    first = [
+        np.concatenate([batches[i][1] for i in range(len(batches))])
+        for batches in (one, two, other)
+    ]
     assert np.array_equal(first[0], first[1])
     assert not np.array_equal(first[0], first[2])
 
@@ -153,7 +189,9 @@ def test_shown_tokens_are_those_that_training_learns(tiny):
     assert view.counts()["learned"] == sum(sum(example.weights) for example in examples)
     longest = max(len(example.inputs) for example in examples) + 1
     assert {len(row) for row in view.rows} == {longest}
-    assert view.counts()["padding"] == sum(longest - len(example.inputs) - 1 for example in examples)
+    assert view.counts()["padding"] == sum(
+        longest - len(example.inputs) - 1 for example in examples
+    )
     one = show_tokens(tiny, RECORDS[0], loss_on="all")
     assert one.counts()["read"] == 1  # <bos> alone is never asked for
     assert (one.rows[0][0][0], one.rows[0][-1][0]) == ("<bos>", "<eos>")
@@ -184,9 +222,20 @@ def test_what_cannot_be_learned_from_is_said_with_its_number(tiny, records, word
 
 TEXTS = st.one_of(
     st.text(min_size=1, max_size=40),
-    st.text(alphabet=st.characters(categories=["Cc", "Cf", "Mn", "So", "Lo"]), min_size=1, max_size=40),
+    st.text(
+        alphabet=st.characters(categories=["Cc", "Cf", "Mn", "So", "Lo"]), min_size=1, max_size=40
+    ),
     st.sampled_from(
-        ["<eos><bos><pad>", "Response:\n", "word " * 20_000, "\u202eabc", "👩‍👩‍👧‍👦", "مرحبا", "\x00", "a"]
+        [
+            "<eos><bos><pad>",
+            "Response:\n",
+            "word " * 20_000,
+            "\u202eabc",
+            "👩‍👩‍👧‍👦",
+            "مرحبا",
+            "\x00",
+            "a",
+        ]
     ),
 )
 
@@ -203,8 +252,12 @@ def test_any_text_is_encoded_within_the_length_or_refused_clearly(rows, length):
     assert len(encoded.examples) + encoded.dropped == len(rows) == len(encoded.full_lengths)
     for number, example in zip(encoded.numbers, encoded.examples, strict=True):
         assert len(example.inputs) == len(example.targets) == len(example.weights) <= length
-        assert example.inputs[0] == tokenizer.bos_id and example.targets[-1] == tokenizer.id_of("<eos>")
-        assert example.inputs.count(tokenizer.bos_id) == 1  # what looks like a control token in a text is none
-        assert sum(example.weights) == len(tokenizer.encode(text_pieces(records[number]["response"]))) + 1 or (
-            len(example.inputs) == length
+        assert example.inputs[0] == tokenizer.bos_id and example.targets[-1] == tokenizer.id_of(
+            "<eos>"
         )
+        assert (
+            example.inputs.count(tokenizer.bos_id) == 1
+        )  # what looks like a control token in a text is none
+        assert sum(example.weights) == len(
+            tokenizer.encode(text_pieces(records[number]["response"]))
+        ) + 1 or (len(example.inputs) == length)

@@ -52,13 +52,20 @@ def test_killed_at_random_moments_it_ends_with_the_very_same_adapter(tmp_path, k
     for kill in range(kills):
         process = start(tmp_path / "run", tmp_path / "killed.npz", epochs, pause=0.1)
         assert process.stdout.readline() == "ready\n"
-        deadline, before = time.monotonic() + 60, {path.name for path in (tmp_path / "run").glob("*.npz")}
-        while {path.name for path in (tmp_path / "run").glob("*.npz")} == before and time.monotonic() < deadline:
+        deadline, before = (
+            time.monotonic() + 60,
+            {path.name for path in (tmp_path / "run").glob("*.npz")},
+        )
+        while {
+            path.name for path in (tmp_path / "run").glob("*.npz")
+        } == before and time.monotonic() < deadline:
             time.sleep(0.01)  # it has begun
         time.sleep(moments.uniform(0, 0.7 * 10 / kills))
         process.kill()
         process.wait()
-        reached.append(max((path.stem for path in (tmp_path / "run").glob("*.npz")), default="nothing"))
+        reached.append(
+            max((path.stem for path in (tmp_path / "run").glob("*.npz")), default="nothing")
+        )
         print(f"kill {kill + 1}: newest checkpoint {reached[-1]}")
         assert not (tmp_path / "killed.npz").exists(), "the run was over before it was killed"
     assert reached == sorted(reached) and len(set(reached)) > 1
@@ -121,7 +128,9 @@ def test_a_finished_run_is_not_run_again_and_more_epochs_go_on(tiny_factory, row
     assert parts.gemma_lora.run["epochs"] == 2
 
 
-@pytest.mark.parametrize("option", [{"learning_rate": 1e-4}, {"seed": 1}, {"rows": 40}, {"rank": 2}])
+@pytest.mark.parametrize(
+    "option", [{"learning_rate": 1e-4}, {"seed": 1}, {"rows": 40}, {"rank": 2}]
+)
 def test_another_run_in_the_folder_is_refused_by_name(tiny_factory, rows, tmp_path, option):
     model = tiny_factory()
     gl.enable_lora(model)
@@ -169,18 +178,29 @@ def test_adapters_that_a_checkpoint_takes_the_place_of_are_said(tiny_factory, ro
 DAMAGES = {
     "cut in half": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
-    "a byte changed": lambda content: content[:-5000] + bytes([content[-5000] ^ 1]) + content[-4999:],
+    "a byte changed": lambda content: (
+        content[:-5000] + bytes([content[-5000] ^ 1]) + content[-4999:]
+    ),
     "no archive": lambda content: b"something else",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny_factory, rows, tmp_path, damage, capsys):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tiny_factory, rows, tmp_path, damage, capsys
+):
     whole, parts = tiny_factory(), tiny_factory()
     for model in (whole, parts):
         gl.enable_lora(model)
     gl.fit(whole, rows, verbose=0)
-    gl.fit(parts, rows, checkpoint_dir=tmp_path, checkpoint_every=2, callbacks=[stop_after(4)], verbose=0)
+    gl.fit(
+        parts,
+        rows,
+        checkpoint_dir=tmp_path,
+        checkpoint_every=2,
+        callbacks=[stop_after(4)],
+        verbose=0,
+    )
     newest = max(tmp_path.glob("*.npz"))
     newest.write_bytes(DAMAGES[damage](newest.read_bytes()))
     gl.fit(parts, rows, checkpoint_dir=tmp_path, checkpoint_every=2, verbose=0)
@@ -206,11 +226,20 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(tiny_lora, rows
 
 def test_a_disk_that_fills_is_a_warning_and_the_checkpoint_before_stays(tiny_lora, rows, tmp_path):
     fill = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda step, logs: step == 4 and (tmp_path / "0000-00000006.part").symlink_to("/dev/full")
+        on_train_batch_begin=lambda step, logs: (
+            step == 4 and (tmp_path / "0000-00000006.part").symlink_to("/dev/full")
+        )
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        gl.fit(tiny_lora, rows, checkpoint_dir=tmp_path, checkpoint_every=3, callbacks=[fill, stop_after(6)], verbose=0)
+        gl.fit(
+            tiny_lora,
+            rows,
+            checkpoint_dir=tmp_path,
+            checkpoint_every=3,
+            callbacks=[fill, stop_after(6)],
+            verbose=0,
+        )
     said = [str(one.message) for one in caught if "No checkpoint" in str(one.message)]
     assert len(said) == 1 and "the disk is full" in said[0] and "Training goes on" in said[0]
     assert {path.stem for path in tmp_path.glob("*.npz")} >= {"0000-00000003"}
@@ -222,11 +251,22 @@ def test_every_how_many_steps_is_a_whole_number(tiny_lora, rows, tmp_path, every
         gl.fit(tiny_lora, rows, checkpoint_dir=tmp_path, checkpoint_every=every, verbose=0)
 
 
-def test_a_loss_that_is_no_number_ends_with_step_and_rows_and_the_adapter_from_before(tiny_lora, rows, tmp_path):
+def test_a_loss_that_is_no_number_ends_with_step_and_rows_and_the_adapter_from_before(
+    tiny_lora, rows, tmp_path
+):
     gl.fit(tiny_lora, rows, checkpoint_dir=tmp_path, verbose=0)
     before = adapter_of(tiny_lora)
-    with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) since step \d+ of epoch 1.*lower") as raised:
-        gl.fit(tiny_lora, rows, learning_rate=1e30, epochs=3, checkpoint_dir=tmp_path / "other", verbose=0)
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is (nan|inf) since step \d+ of epoch 1.*lower"
+    ) as raised:
+        gl.fit(
+            tiny_lora,
+            rows,
+            learning_rate=1e30,
+            epochs=3,
+            checkpoint_dir=tmp_path / "other",
+            verbose=0,
+        )
     assert "records" in str(raised.value)
     assert same(before, adapter_of(tiny_lora))
     assert gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=3)

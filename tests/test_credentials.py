@@ -55,7 +55,11 @@ def kaggle(home, tmp_path):
     """A Kaggle that knows whatever is planted; `serving` puts the environment back."""
     server = KaggleServer()
     server.presets["gemma_2b_en"] = FOLDER
-    with serving(server, tmp_path / "cache"), patch.dict(sys.modules), patch.object(config, "is_in_colab_notebook"):
+    with (
+        serving(server, tmp_path / "cache"),
+        patch.dict(sys.modules),
+        patch.object(config, "is_in_colab_notebook"),
+    ):
         os.environ["DISABLE_KAGGLE_CACHE"] = "1"
         config.is_in_colab_notebook.return_value = False
         yield server
@@ -79,7 +83,9 @@ def write(file: Path, text: str) -> Path:
 
 
 def kaggle_notebook(home, token):
-    os.environ.update(KAGGLE_KERNEL_RUN_TYPE="Interactive", KAGGLE_DATA_PROXY_URL="http://127.0.0.1:9")
+    os.environ.update(
+        KAGGLE_KERNEL_RUN_TYPE="Interactive", KAGGLE_DATA_PROXY_URL="http://127.0.0.1:9"
+    )
     os.environ["KAGGLE_API_V1_TOKEN"] = str(write(home / "v1/token", token))
     return bearer(token)
 
@@ -132,7 +138,11 @@ def colab(**secrets):
         answer = secrets.get(name) or userdata.SecretNotFoundError(f"Secret {name} does not exist.")
         if isinstance(answer, str):
             return answer
-        raise answer if isinstance(answer, Exception) else getattr(userdata, answer[0])(f"{name} {answer}")
+        raise (
+            answer
+            if isinstance(answer, Exception)
+            else getattr(userdata, answer[0])(f"{name} {answer}")
+        )
 
     userdata.get, userdata.secrets = get, secrets
     module = types.ModuleType("google.colab")
@@ -163,9 +173,14 @@ PLACES = {
     colab_token: "Colab secret KAGGLE_API_TOKEN",
     colab_pair: "Colab secrets KAGGLE_USERNAME and KAGGLE_KEY",
 }
-SAME_VARIABLE = {frozenset((environment_token, environment_file)), frozenset((colab_token, colab_pair))}
+SAME_VARIABLE = {
+    frozenset((environment_token, environment_file)),
+    frozenset((colab_token, colab_pair)),
+}
 PAIRS = [pair for pair in itertools.combinations(PLACES, 2) if frozenset(pair) not in SAME_VARIABLE]
-TOKENS = [place for place in PLACES if "json" not in place.__name__ and "pair" not in place.__name__]
+TOKENS = [
+    place for place in PLACES if "json" not in place.__name__ and "pair" not in place.__name__
+]
 
 
 def sent(kaggle) -> str | None:
@@ -188,7 +203,9 @@ def places(kind="yes") -> list[str]:
 
 def agree(kaggle, place: str | None, header: str | None):
     """What is said, what is held and what is sent are the same."""
-    assert [row["place"] for row in gl.find_credentials().rows if row["found"] == "yes"] == ([place] if place else [])
+    assert [row["place"] for row in gl.find_credentials().rows if row["found"] == "yes"] == (
+        [place] if place else []
+    )
     before = len(kaggle.requests)
     login = gl.kaggle_login(ask=False)
     assert login.place == place and bool(login) == bool(place)
@@ -203,7 +220,13 @@ def agree(kaggle, place: str | None, header: str | None):
 def test_where_there_are_none_nothing_is_sent_and_the_three_ways_are_told(kaggle):
     login = agree(kaggle, None, None)
     assert login.user is None
-    for words in ("KAGGLE_API_TOKEN", "Generate New Token", "Add new secret", "Notebook access", "access_token"):
+    for words in (
+        "KAGGLE_API_TOKEN",
+        "Generate New Token",
+        "Add new secret",
+        "Notebook access",
+        "access_token",
+    ):
         assert words in str(login)
     assert all(row["found"] == "no" for row in gl.find_credentials().rows)
 
@@ -211,7 +234,9 @@ def test_where_there_are_none_nothing_is_sent_and_the_three_ways_are_told(kaggle
 @pytest.mark.parametrize("plant", PLACES)
 def test_what_is_said_of_each_place_is_what_is_sent(kaggle, home, plant):
     header = plant(home, "KGAT_planted")
-    if plant is not colab_pair:  # the client alone asks Colab for these two only if there is a token, too
+    if (
+        plant is not colab_pair
+    ):  # the client alone asks Colab for these two only if there is a token, too
         assert sent(kaggle) == header
     kaggle.users["KGAT_planted"] = _user(header) or "someone"
     login = agree(kaggle, PLACES[plant], header)
@@ -220,14 +245,23 @@ def test_what_is_said_of_each_place_is_what_is_sent(kaggle, home, plant):
 
 
 def _user(header: str) -> str | None:
-    return base64.b64decode(header[6:]).decode().partition(":")[0] if header.startswith("Basic ") else None
+    return (
+        base64.b64decode(header[6:]).decode().partition(":")[0]
+        if header.startswith("Basic ")
+        else None
+    )
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_of_two_places_the_one_is_used_that_the_client_prefers(kaggle, home, one, other):
     headers = {one: one(home, "KGAT_one"), other: other(home, "KGAT_other")}
-    preferred = next((plant for plant, header in headers.items() if header == sent(kaggle)), colab_pair)
-    kaggle.users = {"KGAT_one": _user(headers[one]) or "one", "KGAT_other": _user(headers[other]) or "other"}
+    preferred = next(
+        (plant for plant, header in headers.items() if header == sent(kaggle)), colab_pair
+    )
+    kaggle.users = {
+        "KGAT_one": _user(headers[one]) or "one",
+        "KGAT_other": _user(headers[other]) or "other",
+    }
     agree(kaggle, PLACES[preferred], headers[preferred])
     second = other if preferred is one else one
     if PLACES[second] != PLACES[preferred] and not PLACES[second].startswith("Colab"):
@@ -309,7 +343,11 @@ def test_the_variable_may_name_what_holds_no_token(kaggle, home, kind):
 @pytest.mark.parametrize("value", FAULTY.values(), ids=FAULTY)
 @pytest.mark.parametrize("form", ["token", "key", "username", "pasted"])
 def test_what_no_header_can_carry_is_refused_and_not_shown(kaggle, value, form):
-    given = {"token": value} if form == "token" else {"username": "ada", "key": "0123456789abcdef"} | {form: value}
+    given = (
+        {"token": value}
+        if form == "token"
+        else {"username": "ada", "key": "0123456789abcdef"} | {form: value}
+    )
     if form == "pasted":
         given = {"token": json.dumps({"username": "ada", "key": value})}
     with pytest.raises(ValueError) as raised:
@@ -318,7 +356,9 @@ def test_what_no_header_can_carry_is_refused_and_not_shown(kaggle, value, form):
     agree(kaggle, None, None)
 
 
-@pytest.mark.parametrize("value", [value for value in FAULTY.values() if value], ids=[kind for kind in FAULTY][1:])
+@pytest.mark.parametrize(
+    "value", [value for value in FAULTY.values() if value], ids=[kind for kind in FAULTY][1:]
+)
 @pytest.mark.parametrize("plant", [environment_token, environment_pair, kaggle_json, access_token])
 def test_what_was_found_and_cannot_be_sent_names_its_place(kaggle, home, plant, value):
     plant(home, value)
@@ -344,13 +384,19 @@ def test_a_token_too_long_for_a_file_name_is_no_error_that_shows_it(kaggle, home
 
 @pytest.mark.parametrize("value", [7, b"KGAT_planted", ["KGAT_planted"], True])
 def test_what_is_no_text_is_refused(kaggle, value):
-    for given in ({"token": value}, {"username": "ada", "key": value}, {"username": value, "key": "0123456789abcdef"}):
+    for given in (
+        {"token": value},
+        {"username": "ada", "key": value},
+        {"username": value, "key": "0123456789abcdef"},
+    ):
         with pytest.raises(ValueError, match=type(value).__name__) as raised:
             gl.kaggle_login(**given)
         assert "plan" not in str(raised.value)
 
 
-@pytest.mark.parametrize("given", ["username", "key", "token username", "token key", "token username key"])
+@pytest.mark.parametrize(
+    "given", ["username", "key", "token username", "token key", "token username key"]
+)
 def test_half_a_pair_or_both_kinds_is_refused(kaggle, given):
     with pytest.raises(ValueError, match="Give a token, or a username and a key"):
         gl.kaggle_login(**dict.fromkeys(given.split(), "planted"))
@@ -366,7 +412,12 @@ DAMAGED = [
     "7",
     "KGAT_p",
 ]
-DAMAGED += ["", '{"username": "ada", "key": 7}', '{"username": "ada", "key": null}', '"username and key planted"']
+DAMAGED += [
+    "",
+    '{"username": "ada", "key": 7}',
+    '{"username": "ada", "key": null}',
+    '"username and key planted"',
+]
 
 
 @pytest.mark.parametrize("text", DAMAGED)
@@ -417,10 +468,16 @@ def test_who_is_not_confirmed_is_said_to_be_so(kaggle, home):
      ("TimeoutException", "did not answer"), (RuntimeError("planted"), "a notebook's page")],
 )  # fmt: skip
 def test_colabs_exceptions_become_words(kaggle, error, words):
-    colab(**dict.fromkeys(credentials.NAMES, error if isinstance(error, Exception) else (error, "planted")))
+    colab(
+        **dict.fromkeys(
+            credentials.NAMES, error if isinstance(error, Exception) else (error, "planted")
+        )
+    )
     table = gl.find_credentials()
     for name in credentials.NAMES:
-        assert next(row for row in table.rows if row["place"] == f"Colab secret {name}")["found"].count(words)
+        assert next(row for row in table.rows if row["place"] == f"Colab secret {name}")[
+            "found"
+        ].count(words)
     assert "planted" not in str(table) + table._repr_html_()
     agree(kaggle, None, None)
 
@@ -455,7 +512,9 @@ def test_line_breaks_in_a_secret_are_left_out_as_the_client_does(kaggle):
     agree(kaggle, "Colab secret KAGGLE_API_TOKEN", bearer("KGAT_planted"))
 
 
-@pytest.mark.parametrize("value", [value for value in FAULTY.values() if value.strip() and "\n" not in value])
+@pytest.mark.parametrize(
+    "value", [value for value in FAULTY.values() if value.strip() and "\n" not in value]
+)
 def test_a_secret_that_cannot_be_sent_is_refused_by_its_name(kaggle, value):
     colab(KAGGLE_API_TOKEN=value)
     with pytest.raises(ValueError, match="Colab secret KAGGLE_API_TOKEN") as raised:
@@ -474,15 +533,27 @@ def test_colabs_variable_without_colabs_module_is_no_error(kaggle):
 @pytest.mark.parametrize("kind", ["token", "pair"])
 def test_what_is_stored_is_for_the_owner_alone_and_is_found_again(kaggle, home, kind):
     kaggle.users = {"0123456789abcdef": "dora"}
-    given = {"token": "0123456789abcdef"} if kind == "token" else {"username": "dora", "key": "0123456789abcdef"}
+    given = (
+        {"token": "0123456789abcdef"}
+        if kind == "token"
+        else {"username": "dora", "key": "0123456789abcdef"}
+    )
     assert gl.kaggle_login(**given, store=True).user == "dora"
     file = home / ".kaggle" / ("access_token" if kind == "token" else "kaggle.json")
     assert [one for one in home.rglob("*") if one.is_file()] == [file]
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert (
+        stat.S_IMODE(file.stat().st_mode) == 0o600
+        and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    )
     config.clear_kaggle_credentials()
     header = bearer("0123456789abcdef") if kind == "token" else basic("dora", "0123456789abcdef")
     assert (
-        agree(kaggle, f"file: {'~/.kaggle/access_token' if kind == 'token' else 'kaggle.json'}", header).user == "dora"
+        agree(
+            kaggle,
+            f"file: {'~/.kaggle/access_token' if kind == 'token' else 'kaggle.json'}",
+            header,
+        ).user
+        == "dora"
     )
 
 
@@ -558,13 +629,17 @@ def test_a_terminal_asks_and_does_not_show_what_is_typed(terminal, kaggle, typed
     said = rest(terminal)
     assert "of the user 'dora', found in: what you typed" in said and "went on" in said
     assert "KGAT_typed" not in said
-    assert kaggle.requests == [("Hello", bearer(typed) if typed[0] != "{" else basic("dora", "KGAT_typed"))]
+    assert kaggle.requests == [
+        ("Hello", bearer(typed) if typed[0] != "{" else basic("dora", "KGAT_typed"))
+    ]
 
 
 def test_enter_goes_on_without(terminal, kaggle):
     terminal.sendline("")
     said = rest(terminal)
-    assert "No credentials for Kaggle." in said and "Generate New Token" in said and "went on" in said
+    assert (
+        "No credentials for Kaggle." in said and "Generate New Token" in said and "went on" in said
+    )
     assert kaggle.requests == []
 
 
@@ -574,15 +649,26 @@ def test_an_interrupt_at_the_prompt_is_one(terminal):
     assert "KeyboardInterrupt" in said and "went on" not in said
 
 
-OLD_IPYTHON = pytest.mark.skipif(IPython.version_info < (8,), reason="this IPython cannot be imported so itself")
+OLD_IPYTHON = pytest.mark.skipif(
+    IPython.version_info < (8,), reason="this IPython cannot be imported so itself"
+)
 
 
 @pytest.mark.parametrize("stdin", ["empty", "none", pytest.param("closed", marks=OLD_IPYTHON)])
 def test_with_nobody_to_ask_the_three_ways_are_told(program, stdin):
     if stdin == "closed":
         program = f"import sys; sys.stdin.close()\n{program}"
-    command = ["sh", "-c", 'exec "$0" -c "$1" <&-'] if stdin == "none" else ["sh", "-c", 'exec "$0" -c "$1"']
-    done = subprocess.run([*command, sys.executable, program], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    command = (
+        ["sh", "-c", 'exec "$0" -c "$1" <&-']
+        if stdin == "none"
+        else ["sh", "-c", 'exec "$0" -c "$1"']
+    )
+    done = subprocess.run(
+        [*command, sys.executable, program],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     assert "Generate New Token" in done.stdout and "went on" in done.stdout, done.stderr
 
 
@@ -609,4 +695,6 @@ def test_a_kernel_with_a_page_asks_there_hidden(program, kaggle):
         manager.shutdown_kernel(now=True)
     said = "".join(message["content"].get("text", "") for message in messages)
     assert "of the user 'dora', found in: what you typed" in said
-    assert "KGAT_typed" not in str(messages[1:]) and kaggle.requests == [("Hello", bearer("KGAT_typed"))]
+    assert "KGAT_typed" not in str(messages[1:]) and kaggle.requests == [
+        ("Hello", bearer("KGAT_typed"))
+    ]

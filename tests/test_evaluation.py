@@ -18,7 +18,9 @@ def held_out():
 
 
 def test_loss_falls_and_answers_become_right_with_tuning(tiny_tuned):
-    held_out = gl.load_tiny_world()[1].filter(lambda category: category == "open_qa", input_columns="category")
+    held_out = gl.load_tiny_world()[1].filter(
+        lambda category: category == "open_qa", input_columns="category"
+    )
     held_out = held_out.select(range(40))
     after = gl.evaluate(tiny_tuned, held_out)
     with gl.adapters_off(tiny_tuned):
@@ -89,10 +91,14 @@ def test_ctrl_c_while_measuring_leaves_a_usable_model(tiny, monkeypatch):
         on_test_batch_end=lambda batch, logs: os.kill(os.getpid(), signal.SIGINT)
     )
     evaluate = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: evaluate(*a, callbacks=[interrupt], **k))
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *a, **k: evaluate(*a, callbacks=[interrupt], **k)
+    )
     with pytest.raises(KeyboardInterrupt):
         gl.evaluate(tiny, gl.load_tiny_world()[1].select(range(40)), answers=False)
-    assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=3).startswith("Paris")
+    assert gl.generate(
+        tiny, "The capital of France is", template=None, max_new_tokens=3
+    ).startswith("Paris")
 
 
 def test_the_interval_holds_the_true_share_about_as_often_as_it_says():

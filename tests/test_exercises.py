@@ -43,7 +43,12 @@ WRONG = {
         ("random", "A seed repeats"),
         (3, "a name"),
     ],
-    "new_tokens": [(64, "counts the prompt too"), (49, "That is the prompt"), (113, "includes it"), (20, "Take the")],
+    "new_tokens": [
+        (64, "counts the prompt too"),
+        (49, "That is the prompt"),
+        (113, "includes it"),
+        (20, "Take the"),
+    ],
     "distinct_share": [
         (5, "Divide by all pairs"),
         (5 / 7, "only 6 pairs"),
@@ -66,7 +71,12 @@ WRONG = {
         (323, "mixes two epochs"),
         (5, "Batches in an epoch"),
     ],
-    "best_epoch": [(4, "by heart"), (1, "counted from 1"), (3, "risen again"), (True, "Answer with a number")],
+    "best_epoch": [
+        (4, "by heart"),
+        (1, "counted from 1"),
+        (3, "risen again"),
+        (True, "Answer with a number"),
+    ],
     "questions_needed": [
         (384, "worst case"),
         (35, "twice as far"),
@@ -74,8 +84,18 @@ WRONG = {
         (20, "square root"),
         (float("nan"), "Answer with a number"),
     ],
-    "fair_comparison": [("A", "seen these"), ("B", "Two things changed"), ("D", "choose what"), (1, "a letter")],
-    "perplexity_of": [(2**0.69, "nats, not bits"), (0.69, "the loss itself"), (0.5, "mean probability"), (9, "exp")],
+    "fair_comparison": [
+        ("A", "seen these"),
+        ("B", "Two things changed"),
+        ("D", "choose what"),
+        (1, "a letter"),
+    ],
+    "perplexity_of": [
+        (2**0.69, "nats, not bits"),
+        (0.69, "the loss itself"),
+        (0.5, "mean probability"),
+        (9, "exp"),
+    ],
 }
 
 
@@ -92,7 +112,9 @@ def exercises():
                 )
                 assert solution, f"{path.name}: no solution unfolds under {cell.id}"
                 yield pytest.param(
-                    cell, html.unescape(solution[1]), id=re.search(r"gl\.exercises\.(\w+)", cell.source)[1]
+                    cell,
+                    html.unescape(solution[1]),
+                    id=re.search(r"gl\.exercises\.(\w+)", cell.source)[1],
                 )
 
 
@@ -101,12 +123,21 @@ def namespace(tiny):
     """What the notebooks have made before their exercises."""
     heads = tiny.backbone.num_query_heads + tiny.backbone.num_key_value_heads
     encoded = gl.encode(tiny, gl.load_tiny_world()[0])
-    return {"gl": gl, "np": np, "model": tiny, "shape": tiny.backbone, "heads": heads, "encoded": encoded}
+    return {
+        "gl": gl,
+        "np": np,
+        "model": tiny,
+        "shape": tiny.backbone,
+        "heads": heads,
+        "encoded": encoded,
+    }
 
 
 def run(cell, namespace: dict, answer: str):
     """Run an exercise's cell with an answer in place of None, and return what it shows."""
-    source, replaced = re.subn(r"^(MY_\w+) = None.*$", lambda _: answer, cell.source, flags=re.MULTILINE)
+    source, replaced = re.subn(
+        r"^(MY_\w+) = None.*$", lambda _: answer, cell.source, flags=re.MULTILINE
+    )
     assert replaced == 1
     *lines, last = source.splitlines()
     exec("\n".join(lines), namespace)
@@ -166,7 +197,12 @@ def test_the_rubric_shows_marks_and_their_means():
     marked = gl.exercises.rubric(table, [[2, 2, 0], [2, 1, None]])
     assert marked[0] == {"prompt": "one", "coherent": "yes", "relevant": "yes", "right": "no"}
     assert marked[1]["right"] == "to do"
-    assert marked[2] == {"prompt": "mean", "coherent": "2.0 of 2", "relevant": "1.5 of 2", "right": "0.0 of 2"}
+    assert marked[2] == {
+        "prompt": "mean",
+        "coherent": "2.0 of 2",
+        "relevant": "1.5 of 2",
+        "right": "0.0 of 2",
+    }
     for wrong in ([[2, 2, 0]], [[2, 2, 0], [1, 1]], [[2, 2, 3], [0, 0, 0]], [2, 2]):
         with pytest.raises(ValueError, match="three marks"):
             gl.exercises.rubric(table, wrong)

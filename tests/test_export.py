@@ -67,14 +67,18 @@ OWN = gl.Template("own", '{{Ask}} 🙂 {instruction}\n{instruction} "!"', "{inst
 
 
 @pytest.mark.parametrize("template", [*gl.TEMPLATES.values(), OWN])
-def test_the_chat_template_and_the_stop_tokens_are_those_of_the_tuning(tiny_factory, tmp_path, template):
+def test_the_chat_template_and_the_stop_tokens_are_those_of_the_tuning(
+    tiny_factory, tmp_path, template
+):
     model, rows = tiny_factory(), gl.load_tiny_world()[0].select(range(4))
     gl.enable_lora(model)
     gl.fit(model, rows, template=template, verbose=0)
     gl.export_transformers(model, tmp_path, verify=False)
     chat = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
     messages = [{"role": "user", "content": 'What is a "foal"?'}]
-    said = jinja2.Template(chat, keep_trailing_newline=True).render(messages=messages, bos_token="<bos>")
+    said = jinja2.Template(chat, keep_trailing_newline=True).render(
+        messages=messages, bos_token="<bos>"
+    )
     assert said == "<bos>" + template.prompt(messages[0]["content"])
     tokenizer = tokenizer_of(model)
     ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
@@ -83,7 +87,9 @@ def test_the_chat_template_and_the_stop_tokens_are_those_of_the_tuning(tiny_fact
 
 def test_weights_keep_their_dtype(random_model, tmp_path):
     gl.export_transformers(tuned(random_model("gemma", dtype="bfloat16")), tmp_path, verify=False)
-    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model.safetensors").values()} == {
+        "bfloat16"
+    }
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -96,14 +102,18 @@ def test_a_folder_with_another_model_is_left_alone(tiny, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_base_that_divides_by_another_root_is_computed_and_exported_so(random_model, tmp_path, monkeypatch):
+def test_a_base_that_divides_by_another_root_is_computed_and_exported_so(
+    random_model, tmp_path, monkeypatch
+):
     """Gemma 2 27B: KerasHub's blocks are told, and do not tell their attention."""
     monkeypatch.setitem(families.SHAPE, "head_dim", 16)
     model = random_model("gemma2")
     gl.export_transformers(model, tmp_path / "one", verify=False)
     config = json.loads((tmp_path / "one/config.json").read_text())
     assert config["query_pre_attn_scalar"] == 16
-    (tmp_path / "one/config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8}))  # 32 / 4 heads
+    (tmp_path / "one/config.json").write_text(
+        json.dumps(config | {"query_pre_attn_scalar": 8})
+    )  # 32 / 4 heads
     other = gl.load(tmp_path / "one")
     assert np.abs(logits(other) - logits(model)).max() > 1e-3
     gl.export_transformers(other, tmp_path / "two", verify=False)
@@ -113,9 +123,13 @@ def test_a_base_that_divides_by_another_root_is_computed_and_exported_so(random_
 def test_the_result_says_what_was_checked(random_model, tmp_path):
     result = gl.export_transformers(random_model("gemma"), tmp_path, verify=False)
     assert "Not checked" in result._repr_html_()
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "README.md"} <= {
-        *result.files
-    }
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "README.md",
+    } <= {*result.files}
 
 
 def test_what_cannot_be_exported_is_said(random_model, tmp_path):
@@ -158,7 +172,9 @@ def test_to_peft_and_back(random_model, tmp_path, family, targets):
     assert np.abs(logits(fresh) - logits(model)).max() < 1e-5
 
 
-def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(random_model, tmp_path):
+def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(
+    random_model, tmp_path
+):
     """Each head with a factor B of its own: of rank 2 in PEFT, of rank 8 (the size of a head) in KerasHub."""
     model, numbers = random_model("gemma"), np.random.default_rng(0)
     gl.export_peft(tuned(model, rank=2, targets="query"), tmp_path)
@@ -168,11 +184,17 @@ def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(ran
         shape = (2, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], 2)
         tensors[name] = numbers.normal(size=shape).astype("float32")
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {}, "alpha_pattern": {}}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"rank_pattern": {}, "alpha_pattern": {}})
+    )
     fresh = random_model("gemma")
     assert gl.load_adapter(fresh, tmp_path).rank == 8
     layer = fresh.backbone.transformer_layers[1].attention.query_dense
-    update = layer.lora_alpha / layer.lora_rank * (np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b))
+    update = (
+        layer.lora_alpha
+        / layer.lora_rank
+        * (np.asarray(layer.lora_kernel_a) @ np.asarray(layer.lora_kernel_b))
+    )
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
     expected = config["lora_alpha"] / 2 * tensors[name.format("B")] @ tensors[name.format("A")]
     assert np.allclose(transformers_format.matrix(layer, update), expected, atol=1e-5)
@@ -204,8 +226,12 @@ def test_peft_scales_modules_by_patterns_of_their_whole_names(random_model, tmp_
     fresh = random_model("gemma")
     gl.load_adapter(fresh, tmp_path)
     scales = []
-    for ours, theirs in zip(model.backbone.transformer_layers, fresh.backbone.transformer_layers, strict=True):
+    for ours, theirs in zip(
+        model.backbone.transformer_layers, fresh.backbone.transformer_layers, strict=True
+    ):
         one, other = (np.asarray(merged_kernel(b.attention.value_dense)) for b in (ours, theirs))
         kernel = np.asarray(ours.attention.value_dense._kernel)
         scales.append(np.linalg.norm(other - kernel) / np.linalg.norm(one - kernel))
-    assert scales == pytest.approx([60 / config["alpha_pattern"]["v_proj"], config["lora_alpha"] / 6], rel=1e-3)
+    assert scales == pytest.approx(
+        [60 / config["alpha_pattern"]["v_proj"], config["lora_alpha"] / 6], rel=1e-3
+    )

@@ -21,7 +21,10 @@ def test_the_history_shows_the_way_through_each_epoch_and_the_held_out_loss_afte
         curve = [(0.5, 3.0), (1, 1.0), (1.5, 1.0), (2, 1.0)]  # noqa: RUF012
 
     lines = gl.plot_history(History).axes[0].lines
-    assert [list(np.asarray(line.get_ydata())) for line in lines] == [[3.0, 1.0, 1.0, 1.0], [2.5, 1.5]]
+    assert [list(np.asarray(line.get_ydata())) for line in lines] == [
+        [3.0, 1.0, 1.0, 1.0],
+        [2.5, 1.5],
+    ]
     History.curve = [(0.5, 3.0), (1, 1.0), (1.5, 1.0)]  # stopped within the second epoch
     assert list(gl.plot_history(History).axes[0].lines[1].get_xdata()) == [1, 1.5]
     del History.curve  # as in a history of Keras's own
@@ -30,8 +33,15 @@ def test_the_history_shows_the_way_through_each_epoch_and_the_held_out_loss_afte
 
 def test_an_adapter_is_shown_to_scale(tiny_lora):
     figure = gl.plot_lora(tiny_lora, "decoder_block_1/attention/query")
-    sizes = {axes.get_title().splitlines()[0]: axes.images[0].get_array().shape for axes in figure.axes}
-    assert sizes == {"W: 192 × 48": (192, 48), "A: 192 × 4": (192, 4), "B: 4 × 48": (4, 48), "A B: 192 × 48": (192, 48)}
+    sizes = {
+        axes.get_title().splitlines()[0]: axes.images[0].get_array().shape for axes in figure.axes
+    }
+    assert sizes == {
+        "W: 192 × 48": (192, 48),
+        "A: 192 × 4": (192, 4),
+        "B: 4 × 48": (4, 48),
+        "A B: 192 × 48": (192, 48),
+    }
     assert "all zero" in figure.axes[2].get_title()
     assert len({(axes.get_xlim(), axes.get_ylim()) for axes in figure.axes}) == 1
 

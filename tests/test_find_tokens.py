@@ -54,7 +54,11 @@ def notebook(text: str, place: str) -> nbformat.NotebookNode:
     elif place == "stream":
         code.outputs = [v4.new_output("stream", text=text)]
     elif place == "error":
-        code.outputs = [v4.new_output("error", ename="E", evalue="", traceback=["\x1b[31mfirst", f"\x1b[0m{text}"])]
+        code.outputs = [
+            v4.new_output(
+                "error", ename="E", evalue="", traceback=["\x1b[31mfirst", f"\x1b[0m{text}"]
+            )
+        ]
     elif place == "cell metadata":
         code.metadata["note"] = text
     elif place == "metadata":
@@ -66,7 +70,17 @@ def notebook(text: str, place: str) -> nbformat.NotebookNode:
     return made
 
 
-PLACES = ["source", "markdown", "stream", "error", "cell metadata", "metadata", "json", "text/plain", "text/html"]
+PLACES = [
+    "source",
+    "markdown",
+    "stream",
+    "error",
+    "cell metadata",
+    "metadata",
+    "json",
+    "text/plain",
+    "text/html",
+]
 
 
 def test_the_repository_holds_none():
@@ -112,7 +126,9 @@ def test_what_is_harmless_is_passed(tmp_path, place):
 def test_pictures_and_ids_are_passed(tmp_path):
     made = notebook("nothing", "text/plain")
     made.cells[1].id = HEX
-    made.cells[1].outputs += [nbformat.v4.new_output("display_data", {"image/png": TOKENS["Kaggle's"]})]
+    made.cells[1].outputs += [
+        nbformat.v4.new_output("display_data", {"image/png": TOKENS["Kaggle's"]})
+    ]
     page = f'<img src="data:image/png;base64,{HEX}">'
     made.cells[1].outputs += [nbformat.v4.new_output("display_data", {"text/html": page})]
     (tmp_path / "one.ipynb").write_text(json.dumps(made))

@@ -67,7 +67,9 @@ def sign_in(**credentials: str):
 
 def same_weights(model) -> bool:
     expected = gl.load().get_weights()
-    return all(np.array_equal(one, other) for one, other in zip(model.get_weights(), expected, strict=True))
+    return all(
+        np.array_equal(one, other) for one, other in zip(model.get_weights(), expected, strict=True)
+    )
 
 
 def status_of(path="config.json", handle=HANDLE) -> int:
@@ -139,7 +141,9 @@ def test_a_download_that_was_cut_goes_on(kaggle):
         kagglehub.model_download(HANDLE, "model.weights.h5")
     file = Path(kagglehub.model_download(HANDLE, "model.weights.h5"))
     assert file.read_bytes() == (FOLDER / "model.weights.h5").read_bytes()
-    assert [what for what, _ in kaggle.requests].count("storage/gemma_2b_en/3/model.weights.h5") == 3
+    assert [what for what, _ in kaggle.requests].count(
+        "storage/gemma_2b_en/3/model.weights.h5"
+    ) == 3
 
 
 @pytest.mark.parametrize("checksums", [True, False])
@@ -174,7 +178,9 @@ def test_what_hangs_ends_with_a_release_or_the_server(kaggle, end):
     client.join(5)
     assert isinstance(answers[0], str if end == "release" else requests.ConnectionError)
     kaggle.stop()
-    assert not any("process_request" in thread.name for thread in set(threading.enumerate()) - before)
+    assert not any(
+        "process_request" in thread.name for thread in set(threading.enumerate()) - before
+    )
 
 
 def test_a_subprocess_is_served_too(prepared, tmp_path):
@@ -210,7 +216,9 @@ def test_a_gated_model_takes_a_token_with_access(model_hub):
         with pytest.raises(GatedRepoError) as raised:
             huggingface_hub.hf_hub_download("someone/tiny", "config.json", token=token)
         assert raised.value.response.status_code == status
-    assert Path(huggingface_hub.hf_hub_download("someone/tiny", "config.json", token="hf_ada")).is_file()
+    assert Path(
+        huggingface_hub.hf_hub_download("someone/tiny", "config.json", token="hf_ada")
+    ).is_file()
 
 
 def test_a_file_of_the_hub_that_was_cut_is_fetched_again(model_hub):

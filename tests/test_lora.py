@@ -5,7 +5,7 @@ import pytest
 from families import FAMILIES, randomize
 
 import gemma_lora as gl
-from gemma_lora.lora import adapter_weights, adapters_off, factored, lora_layers
+from gemma_lora.lora import adapter_weights, adapters_off, lora_layers
 from gemma_lora.training import check_only_adapters_train
 
 IDS = {"token_ids": np.arange(2, 18).reshape(2, 8), "padding_mask": np.ones((2, 8), "int32")}
@@ -54,7 +54,9 @@ def test_adapters_off_compiles_nothing_anew(tiny_lora):
         (_, function), *_ = tiny_lora.gemma_lora.samplers.values()
         compiled = function.__closure__
         gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=4)
-    jitted = next(cell.cell_contents for cell in compiled if hasattr(cell.cell_contents, "_cache_size"))
+    jitted = next(
+        cell.cell_contents for cell in compiled if hasattr(cell.cell_contents, "_cache_size")
+    )
     assert jitted._cache_size() == 1
 
 
@@ -93,7 +95,9 @@ def test_counts_are_the_published_ones(shape, targets, trainable):
             intermediate_dim=feed_forward,
             head_dim=head,
         )
-        counted.append(gl.enable_lora(keras_hub.models.GemmaCausalLM(backbone), rank=4, targets=targets))
+        counted.append(
+            gl.enable_lora(keras_hub.models.GemmaCausalLM(backbone), rank=4, targets=targets)
+        )
 
     jax.eval_shape(build)  # shapes only: no weights are made
     assert counted[0].trainable == trainable
@@ -112,7 +116,9 @@ def test_twice_with_the_same_options_is_fine_and_freezes_again(random_model):
     assert np.array_equal(logits(model), tuned)
 
 
-@pytest.mark.parametrize("other", [{"rank": 3}, {"alpha": 8}, {"targets": "all_linear"}, {"seed": 7}])
+@pytest.mark.parametrize(
+    "other", [{"rank": 3}, {"alpha": 8}, {"targets": "all_linear"}, {"seed": 7}]
+)
 def test_twice_with_other_options_says_how_to_start_afresh(random_model, other):
     model = random_model("gemma")
     gl.enable_lora(model, rank=2)
@@ -161,7 +167,9 @@ def test_the_seed_draws_a(random_model):
     for seed in (0, 0, 1):
         model = random_model("gemma")
         gl.enable_lora(model, seed=seed)
-        a = np.concatenate([np.asarray(layer.lora_kernel_a).ravel() for layer in lora_layers(model).values()])
+        a = np.concatenate(
+            [np.asarray(layer.lora_kernel_a).ravel() for layer in lora_layers(model).values()]
+        )
         drawn.setdefault(seed, []).append(a)
     assert np.array_equal(*drawn[0])
     assert not np.array_equal(drawn[0][0], drawn[1][0])
@@ -204,11 +212,10 @@ def test_by_factors_the_outputs_are_those_of_the_merged_layers(random_model, fam
         layer.lora_kernel_b.assign(np.random.default_rng(i).normal(size=layer.lora_kernel_b.shape))
     ids = np.random.default_rng(0).integers(4, 200, (2, 11))
     inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-    merged = np.asarray(model(inputs))
-    with factored(model):
-        by_factors = np.asarray(model(inputs))
-    assert np.array_equal(np.asarray(model(inputs)), merged)  # all is as it was
-    assert np.abs(by_factors - merged).max() < 1e-4 * np.abs(merged).max()
-    with adapters_off(model), factored(model):
+    by_factors = np.asarray(model(inputs))
+    with adapters_off(model):
         off = np.asarray(model(inputs))
+    gl.merge(model)
+    merged = np.asarray(model(inputs))
+    assert np.abs(by_factors - merged).max() < 1e-4 * np.abs(merged).max()
     assert np.abs(off - merged).max() > 100 * np.abs(by_factors - merged).max()

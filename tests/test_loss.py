@@ -22,7 +22,11 @@ def plain(project, hidden, targets, weights):
 
 @settings(max_examples=30)
 @given(
-    st.integers(1, 3 * CHUNK), st.integers(2, 50), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(), st.integers(0, 999)
+    st.integers(1, 3 * CHUNK),
+    st.integers(2, 50),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+    st.integers(0, 999),
 )
 def test_it_is_the_plain_loss_with_its_gradient(tokens, vocabulary, share, capped, seed):
     rng = np.random.default_rng(seed)
@@ -36,7 +40,9 @@ def test_it_is_the_plain_loss_with_its_gradient(tokens, vocabulary, share, cappe
 
     for gradient in (True, False):
         found = chunked_cross_entropy(project, hidden, targets, weights, gradient=gradient)
-        np.testing.assert_allclose(found, plain(project, hidden, targets, weights), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found, plain(project, hidden, targets, weights), rtol=1e-5, atol=1e-5
+        )
     slopes = [
         jax.grad(lambda hidden, loss=loss: loss(hidden)[0])(hidden)
         for loss in (
@@ -50,13 +56,20 @@ def test_it_is_the_plain_loss_with_its_gradient(tokens, vocabulary, share, cappe
 def gradients(model, batches) -> tuple[list, float]:
     """Sums of the gradients of all batches, each times its tokens, and the tokens."""
     trainer = trainer_of(model)
-    frozen, metrics = ([v.value for v in vs] for vs in (trainer.non_trainable_variables, trainer.metrics_variables))
+    frozen, metrics = (
+        [v.value for v in vs] for vs in (trainer.non_trainable_variables, trainer.metrics_variables)
+    )
     own = [v.value for v in trainer.trainable_variables]
-    slope = jax.jit(jax.grad(trainer.compute_loss_and_updates, has_aux=True), static_argnames="training")
+    slope = jax.jit(
+        jax.grad(trainer.compute_loss_and_updates, has_aux=True), static_argnames="training"
+    )
     sums, tokens = [0.0] * len(own), 0.0
     for x, y, weights in (batches[i] for i in range(len(batches))):
         found, _ = slope(own, frozen, metrics, x, y, weights, training=True, optimizer_variables=[])
-        sums = [total + weights.sum() * np.asarray(one, "float64") for total, one in zip(sums, found, strict=True)]
+        sums = [
+            total + weights.sum() * np.asarray(one, "float64")
+            for total, one in zip(sums, found, strict=True)
+        ]
         tokens += weights.sum()
     return sums, tokens
 
@@ -65,8 +78,12 @@ def gradients(model, batches) -> tuple[list, float]:
 def test_batches_have_the_gradient_of_their_rows_one_by_one(random_model, family):
     model = random_model(family)
     gl.enable_lora(model, rank=2, targets="all_linear")
-    for name, layer in gl.lora.lora_layers(model).items():  # B is zero at first, and then A has no gradient
-        layer.lora_kernel_b.assign(0.1 * np.random.default_rng(len(name)).normal(size=layer.lora_kernel_b.shape))
+    for name, layer in gl.lora.lora_layers(
+        model
+    ).items():  # B is zero at first, and then A has no gradient
+        layer.lora_kernel_b.assign(
+            0.1 * np.random.default_rng(len(name)).normal(size=layer.lora_kernel_b.shape)
+        )
     encoded = encode(model, gl.load_tiny_world()[0].select(range(12)))
     together, tokens = gradients(model, Batches(encoded, batch_tokens=300, seed=0))
     alone, same = gradients(model, Batches(encoded, batch_size=1))
@@ -81,11 +98,14 @@ def test_the_logits_of_a_whole_batch_are_never_there(tiny_lora):
     need = gl.memory_budget(tiny_lora, batch_size=64, sequence_length=256, compile=False).need
     vocabulary = tiny_lora.backbone.vocabulary_size
     text = jax.jit(
-        lambda h, t, w: chunked_cross_entropy(lambda r: r @ jnp.ones((4, vocabulary)), h, t, w, gradient=True)
+        lambda h, t, w: chunked_cross_entropy(
+            lambda r: r @ jnp.ones((4, vocabulary)), h, t, w, gradient=True
+        )
     )
     tokens = need.batch_size * need.sequence_length
     shapes = [
-        jax.ShapeDtypeStruct(*one) for one in (((tokens, 4), "float32"), ((tokens,), "int32"), ((tokens,), "float32"))
+        jax.ShapeDtypeStruct(*one)
+        for one in (((tokens, 4), "float32"), ((tokens,), "int32"), ((tokens,), "float32"))
     ]
     reserved = text.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
     assert reserved < 4 * tokens * vocabulary / 10
@@ -105,5 +125,7 @@ def test_no_record_sees_another_of_its_row(random_model, family):
     alone = np.asarray(model.backbone({"token_ids": one, "padding_mask": np.ones_like(one)}))[0]
     for part in (hidden[0][20:29], hidden[1][20:29], hidden[0][29:]):
         np.testing.assert_allclose(part, alone, atol=1e-5)
-    whole = model.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})  # and the model is as it was
+    whole = model.backbone(
+        {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    )  # and the model is as it was
     assert np.abs(np.asarray(whole)[0, 20:29] - alone).max() > 1e-3

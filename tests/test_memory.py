@@ -21,13 +21,21 @@ from gemma_lora.memory import DEVICES, GEOMETRIES, GIB, Need, Parts
 from gemma_lora.models import recommended
 
 HERE = Path(__file__).parent
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="the peak of a process is read from /proc"
+)
 PRESETS = keras_hub.models.GemmaCausalLM.presets | keras_hub.models.Gemma3CausalLM.presets
 EMBEDDERS = {"embedding_gemma3_300m"}  # no decoder
 
 
 def need_of(size: str, **settings) -> Need:
-    defaults = {"rank": 4, "targets": ("query", "value"), "sequence_length": 256, "batch_size": 1, "prompts": 1}
+    defaults = {
+        "rank": 4,
+        "targets": ("query", "value"),
+        "sequence_length": 256,
+        "batch_size": 1,
+        "prompts": 1,
+    }
     return Need(size, GEOMETRIES[size], **{**defaults, "dtype": "float32", **settings})
 
 
@@ -72,20 +80,28 @@ def test_adapters_are_counted_as_published(preset, targets, trainable):
     assert gl.memory_budget(preset, targets=targets, compile=False).need.trainable == trainable
 
 
-@pytest.mark.parametrize("targets", ["query_value", "all_linear", ["attention_output", "ffw_linear"]])
+@pytest.mark.parametrize(
+    "targets", ["query_value", "all_linear", ["attention_output", "ffw_linear"]]
+)
 @pytest.mark.parametrize("family", ["gemma", "gemma_many_kv", "gemma2", "gemma3"])
 def test_adapters_are_counted_as_enable_lora_makes_them(random_model, family, targets):
     model = random_model(family)
     before = gl.memory_budget(model, rank=3, targets=targets, compile=False).need
     assert before.parameters == model.count_params()
     summary = gl.enable_lora(model, rank=3, targets=targets)
-    assert before.trainable == gl.memory_budget(model, compile=False).need.trainable == summary.trainable
+    assert (
+        before.trainable
+        == gl.memory_budget(model, compile=False).need.trainable
+        == summary.trainable
+    )
 
 
 # Settings
 
 
-@pytest.mark.parametrize("preset", ["tiny_gemma_en", "gemma_2b_en", "gemma_instruct_2b_en", "gemma3_1b"])
+@pytest.mark.parametrize(
+    "preset", ["tiny_gemma_en", "gemma_2b_en", "gemma_instruct_2b_en", "gemma3_1b"]
+)
 def test_what_is_left_open_is_what_load_and_fit_use(preset):
     need, settings = gl.memory_budget(preset, compile=False).need, recommended(preset)
     assert (need.dtype, need.sequence_length) == (settings.dtype, settings.sequence_length)
@@ -97,7 +113,10 @@ def test_a_model_a_folder_and_a_name_have_the_same_budget(tiny, tmp_path):
     named = gl.memory_budget("tiny_gemma_en", batch_size=2, sequence_length=128, compile=False)
     for same in (tiny, tmp_path / "tiny"):
         budget = gl.memory_budget(same, batch_size=2, sequence_length=128, compile=False)
-        assert budget.parts == named.parts and budget.parameters == named.parameters == tiny.count_params()
+        assert (
+            budget.parts == named.parts
+            and budget.parameters == named.parameters == tiny.count_params()
+        )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +147,9 @@ def test_a_folder_of_another_model_is_a_value_error(tmp_path):
 def test_the_parts_are_attributes_and_add_up():
     budget = gl.memory_budget("gemma_2b_en", compile=False)
     assert budget.weights == 4 * budget.parameters
-    assert (budget.adapters, budget.gradients, budget.optimizer) == tuple(n * 1_363_968 for n in (4, 4, 8))
+    assert (budget.adapters, budget.gradients, budget.optimizer) == tuple(
+        n * 1_363_968 for n in (4, 4, 8)
+    )
     assert budget.training == sum(getattr(budget, part) for part in Parts.__dataclass_fields__)
     with pytest.raises(AttributeError, match=r"no 'wieghts'\. Its parts: weights"):
         _ = budget.wieghts
@@ -159,7 +180,9 @@ def test_a_budget_leaves_seed_and_names_as_they_were(tiny_factory):
     gl.memory_budget("tiny_gemma_en", sequence_length=64)
     model = tiny_factory()
     assert gl.enable_lora(model).seed == first
-    assert gl.generate(model, "What is the capital of France?", sampler="top_k", seed=1, max_new_tokens=4)
+    assert gl.generate(
+        model, "What is the capital of France?", sampler="top_k", seed=1, max_new_tokens=4
+    )
 
 
 # In float32 alone: bfloat16 is computed in float32 on a CPU, and XLA reserves room for that.
@@ -172,7 +195,9 @@ def test_the_estimate_is_near_to_what_the_compiler_reserves(size):
 
 
 @LINUX
-@pytest.mark.parametrize(("which", "rows"), [("quick", 2), pytest.param("full", 18, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("which", "rows"), [("quick", 2), pytest.param("full", 18, marks=pytest.mark.full)]
+)
 def test_compiled_peaks_are_within_a_tenth_of_measured_ones(which, rows):
     """In a process of its own, whose memory nothing else fills."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
@@ -194,7 +219,9 @@ def test_the_recipe_fits_a_t4_also_at_twice_the_length():
     for length in (256, 512, 1024):
         row = next(
             row
-            for row in gl.memory_budget("gemma_2b_en", sequence_length=length, compile=False).devices()
+            for row in gl.memory_budget(
+                "gemma_2b_en", sequence_length=length, compile=False
+            ).devices()
             if row["device"] == "T4"
         )
         fits[length] = row["fits"]
@@ -204,7 +231,12 @@ def test_the_recipe_fits_a_t4_also_at_twice_the_length():
 
 def test_where_it_does_not_fit_a_larger_device_or_less_is_named():
     rows = {row["device"]: row for row in gl.memory_budget("gemma_7b_en", compile=False).devices()}
-    assert [rows[device]["fits"] for device in ("T4", "L4", "A100 40 GB", "A100 80 GB")] == ["no", "no", "yes", "yes"]
+    assert [rows[device]["fits"] for device in ("T4", "L4", "A100 40 GB", "A100 80 GB")] == [
+        "no",
+        "no",
+        "yes",
+        "yes",
+    ]
     assert rows["L4"]["nearest that fits"] == "dtype='bfloat16'"
     assert rows["T4"]["nearest that fits"].startswith("another preset: 'gemma")
 
@@ -217,7 +249,9 @@ def needs():
         targets=st.sampled_from([("query", "value"), ("key",), ALL_LINEAR]),
         sequence_length=st.integers(1, 4096),
         batch_size=st.integers(1, 64),
-        dtype=st.sampled_from(["float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"]),
+        dtype=st.sampled_from(
+            ["float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"]
+        ),
         prompts=st.integers(1, 64),
     )
 
@@ -233,10 +267,14 @@ def test_what_is_said_to_fit_fits_by_the_same_estimate(need, size):
     advice = budget_of(need).nearest(size * GIB)
     if advice == "nothing: free memory first":
         return
-    name, _, changes = advice.rpartition(" with ") if advice.startswith("another") else ("", "", advice)
+    name, _, changes = (
+        advice.rpartition(" with ") if advice.startswith("another") else ("", "", advice)
+    )
     changes = eval(f"dict({changes})")
     if name:
-        budget = gl.memory_budget(eval(name.partition(": ")[2]), rank=need.rank, targets=need.targets, compile=False)
+        budget = gl.memory_budget(
+            eval(name.partition(": ")[2]), rank=need.rank, targets=need.targets, compile=False
+        )
         assert budget.parameters < need.parameters
         changed = replace(budget.need, **changes)
     else:
@@ -309,16 +347,23 @@ refused(gl.generate, model, [question] * 64, max_new_tokens=3000)
 
 @LINUX
 def test_out_of_memory_names_what_fits_and_the_model_is_as_before():
-    ran = subprocess.run([sys.executable, "-c", RUN_OUT], capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN_OUT], capture_output=True, text=True, timeout=300
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     print(ran.stdout)
     training, *same, answering, same_too, answers = ran.stdout.splitlines()
     assert same == ["True", "True"] and [same_too, answers] == ["True", "True"]
     assert training.startswith("Out of memory while training with batch_size=64, sequence_length=")
-    assert answering.startswith("Out of memory while answering with ") and "prompts asked at once: " in answering
+    assert (
+        answering.startswith("Out of memory while answering with ")
+        and "prompts asked at once: " in answering
+    )
     for sentence in (training, answering):
         assert "GiB" in sentence and "Nearest that should fit: " in sentence
-        assert sentence.endswith("The model is as it was before this call, and need not be loaded again.")
+        assert sentence.endswith(
+            "The model is as it was before this call, and need not be loaded again."
+        )
 
 
 def test_another_error_stays_what_it_is(tiny):
@@ -326,7 +371,9 @@ def test_another_error_stays_what_it_is(tiny):
         raise KeyError("a")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")]
+)
 def test_the_advice_is_less_than_what_did_not_fit(tiny_lora, error):
     asked = {"batch_size": 8, "sequence_length": 256}
     refused = pytest.raises(MemoryError, match="batch_size=8, sequence_length=256")

@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[1]
 
 def python(code: str, **environment) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
@@ -47,39 +51,18 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
 
 # Story order, which is reading order and import order. A module imports from those above it alone.
 STREET = [
-
+    "runtime", "tables", "access.kaggle", "access.fetch", "records", "templates", "models",
+    "tokens", "batches", "lora", "loss", "memory", "checks", "progress", "checkpoints",
+    "training", "sampling", "evaluation", "figures", "formats.card", "formats.transformers",
+    "formats.peft", "formats.adapter", "formats.upload", "exercises",
 ]  # fmt: skip
-    "runtime",
-    "tables",
-    "access.kaggle",
-    "access.fetch",
-    "records",
-    "templates",
-    "models",
-    "tokens",
-    "batches",
-    "lora",
-    "loss",
-    "memory",
-    "checks",
-    "progress",
-    "checkpoints",
-    "training",
-    "sampling",
-    "evaluation",
-    "figures",
-    "formats.card",
-    "formats.transformers",
-    "formats.peft",
-    "formats.adapter",
-    "formats.upload",
-    "exercises",
-]
 
 
 def test_imports_point_down_the_street():
     files = [path for path in (ROOT / "gemma_lora").rglob("*.py") if "tiny" not in path.parts]
-    names = {".".join(path.relative_to(ROOT / "gemma_lora").with_suffix("").parts) for path in files}
+    names = {
+        ".".join(path.relative_to(ROOT / "gemma_lora").with_suffix("").parts) for path in files
+    }
     assert set(STREET) == {name for name in names if not name.endswith("__init__")}
     for i, name in enumerate(STREET):
         source = (ROOT / f"gemma_lora/{name.replace('.', '/')}.py").read_text()
@@ -92,7 +75,9 @@ def test_imports_point_down_the_street():
 def test_without_setup_keras_runs_on_jax():
     environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"}
     code = "import gemma_lora as gl; gl.load; import keras; print(keras.config.backend())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert result.stdout.strip() == "jax"
 
 

@@ -22,7 +22,9 @@ PRESET = "gemma_2b_en"
 PAGE = "https://www.kaggle.com/models/keras/gemma"
 ADA, EVE, NOBODY = "KGAT_ada_secret", "KGAT_eve_secret", "KGAT_nobody_secret"
 CHECKS = ["packages", "device", "memory", "disk", "credentials", "licence", "data"]
-SECONDS: dict[str, float] = {}  # situation -> seconds; with CHECK_SECONDS=FILE in the environment they go to FILE
+SECONDS: dict[
+    str, float
+] = {}  # situation -> seconds; with CHECK_SECONDS=FILE in the environment they go to FILE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +38,10 @@ def seconds():
 @pytest.fixture
 def data(hub, tmp_path, monkeypatch):
     """The Hub has Dolly, and this machine has not."""
-    hub.repos[DOLLY] = {"README.md": b"# Dolly\n", "databricks-dolly-15k.jsonl": b'{"instruction": "Why?"}\n'}
+    hub.repos[DOLLY] = {
+        "README.md": b"# Dolly\n",
+        "databricks-dolly-15k.jsonl": b'{"instruction": "Why?"}\n',
+    }
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     yield hub
     del hub.repos[DOLLY]
@@ -65,7 +70,9 @@ def room(monkeypatch):
 def hurry(monkeypatch):
     """As if all had passed ten times as quickly; two tests wait as long as a person would."""
     monkeypatch.setattr(preflight, "_SECONDS", 1.2)
-    monkeypatch.setattr(preflight, "timeouts", lambda connect, read: credentials_timeouts(connect / 10, read / 10))
+    monkeypatch.setattr(
+        preflight, "timeouts", lambda connect, read: credentials_timeouts(connect / 10, read / 10)
+    )
 
 
 credentials_timeouts = credentials.timeouts
@@ -98,7 +105,10 @@ def test_where_all_is_well_all_is_green_and_the_user_is_named(kaggle, room):
     found = checked("all is well")
     assert found.ok, found
     assert [row["check"] for row in found.rows if row["ok"] is not True] == []
-    assert "of ada" in found["credentials"]["found"] and "KAGGLE_API_TOKEN" in found["credentials"]["found"]
+    assert (
+        "of ada" in found["credentials"]["found"]
+        and "KAGGLE_API_TOKEN" in found["credentials"]["found"]
+    )
     assert "keras/gemma/keras/gemma_2b_en" in found["licence"]["found"]
     assert DOLLY in found["data"]["found"]
 
@@ -112,7 +122,9 @@ def test_the_small_model_asks_nobody(kaggle, data):
     kaggle.failing, data.failing = {"": 500}, {"": 500}
     found = checked("tiny_gemma_en", "tiny_gemma_en")
     assert found.ok and not kaggle.requests
-    assert found["credentials"]["ok"] is None and "part of this package" in found["licence"]["found"]
+    assert (
+        found["credentials"]["ok"] is None and "part of this package" in found["licence"]["found"]
+    )
 
 
 def test_a_folder_asks_kaggle_nothing(kaggle, room, tmp_path):
@@ -146,7 +158,9 @@ def test_what_is_neither_preset_nor_folder_is_a_value_error(kaggle, name):
     ],
     ids=["401", "403", "no credentials", "404", "429", "503", "reset", "closed"],
 )
-def test_refusals_are_told_apart_and_each_has_its_fix(kaggle, request, token, failing, credentials, licence, words):
+def test_refusals_are_told_apart_and_each_has_its_fix(
+    kaggle, request, token, failing, credentials, licence, words
+):
     sign_in(token)
     kaggle.failing = failing
     found = checked(request.node.callspec.id)
@@ -156,7 +170,9 @@ def test_refusals_are_told_apart_and_each_has_its_fix(kaggle, request, token, fa
     assert all(word in fixes for word in words), fixes
 
 
-@pytest.mark.parametrize(("token", "word"), [(NOBODY, "does not accept"), (EVE, "eve has not accepted")])
+@pytest.mark.parametrize(
+    ("token", "word"), [(NOBODY, "does not accept"), (EVE, "eve has not accepted")]
+)
 def test_a_config_in_the_cache_does_not_hide_that_kaggle_refuses(kaggle, token, word):
     assert checked("first")["licence"]["ok"]
     sign_in(token)
@@ -249,7 +265,11 @@ def test_too_full_a_disk_says_what_the_download_takes(kaggle, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 2**30, 2**30))
     found = checked("disk full")["disk"]
     assert found["ok"] is False
-    assert "1.0 GiB free" in found["found"] and "4.7" in found["found"] and "KAGGLEHUB_CACHE" in found["fix"]
+    assert (
+        "1.0 GiB free" in found["found"]
+        and "4.7" in found["found"]
+        and "KAGGLEHUB_CACHE" in found["fix"]
+    )
     assert checked("tiny, disk full", "tiny_gemma_en")["disk"]["ok"] is not None
 
 
@@ -257,14 +277,22 @@ def test_too_full_a_disk_says_what_the_download_takes(kaggle, monkeypatch):
     ("versions", "words", "fix"),
     [
         ({"keras": "3.5.0"}, "keras", "pip install"),
-        ({"jax-cuda12-plugin": "0.4.0"}, "jax-cuda12-plugin 0.4.0 beside jaxlib", 'pip install -U "jax[cuda12]"'),
+        (
+            {"jax-cuda12-plugin": "0.4.0"},
+            "jax-cuda12-plugin 0.4.0 beside jaxlib",
+            'pip install -U "jax[cuda12]"',
+        ),
         ({"keras-nlp": "0.1.0"}, "keras-nlp 0.1.0 beside keras-hub", "keras-nlp=="),
         ({"kagglehub": "1.0.1"}, "kagglehub", '"kagglehub!=1.0.1'),
     ],
 )
-def test_versions_that_do_not_go_together_are_named_with_the_command(kaggle, monkeypatch, versions, words, fix):
+def test_versions_that_do_not_go_together_are_named_with_the_command(
+    kaggle, monkeypatch, versions, words, fix
+):
     real = preflight.version
-    monkeypatch.setattr(preflight, "version", lambda package: versions.get(package) or real(package))
+    monkeypatch.setattr(
+        preflight, "version", lambda package: versions.get(package) or real(package)
+    )
     found = checked(f"{versions}", "tiny_gemma_en")["packages"]
     assert found["ok"] is False and words in found["found"] and fix in found["fix"], found
 
@@ -272,7 +300,10 @@ def test_versions_that_do_not_go_together_are_named_with_the_command(kaggle, mon
 def test_what_is_installed_here_goes_together():
     found = gl.check("tiny_gemma_en")["packages"]
     assert found["ok"], found
-    assert all(name in found["found"] for name in ("keras ", "keras-hub ", "jax ", "kagglehub ", "datasets "))
+    assert all(
+        name in found["found"]
+        for name in ("keras ", "keras-hub ", "jax ", "kagglehub ", "datasets ")
+    )
 
 
 # How it shows
@@ -283,7 +314,9 @@ def test_a_terminal_shows_marks_and_a_notebook_colours(kaggle):
     found = checked("eve")
     text, page = str(found), found._repr_html_()
     assert "✓" in text and "✗" in text and "–" not in text.splitlines()[0]
-    assert text.splitlines()[0].startswith(f"{PRESET}: ") and "checks failed" in text.splitlines()[0]
+    assert (
+        text.splitlines()[0].startswith(f"{PRESET}: ") and "checks failed" in text.splitlines()[0]
+    )
     assert '<b style="color:#188038">✓</b>' in page and '<b style="color:#d93025">✗</b>' in page
 
 

@@ -20,13 +20,13 @@ RUN = (
     "model = gl.load(); gl.enable_lora(model); "
     "gl.fit(model, train.select(range(600)), validation=held_out.select(range(8)), epochs=2)"
 )
-EPOCH = (
-    r"Epoch 1/2: \d+ steps in [\d.]+ s, [\d,]+ real tokens/s, loss [\d.]+, accuracy [\d.]+%, held-out loss [\d.]+, held"
-)
+EPOCH = r"Epoch 1/2: \d+ steps in [\d.]+ s, [\d,]+ real tokens/s, loss [\d.]+, accuracy [\d.]+%, held-out loss [\d.]+, held"
 
 
 def test_a_log_has_a_line_an_epoch():
-    out = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", RUN], capture_output=True, text=True, check=True
+    ).stdout
     assert len(out.splitlines()) == 4 and "\r" not in out
     assert re.search(EPOCH, out)
 
@@ -34,7 +34,9 @@ def test_a_log_has_a_line_an_epoch():
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal")
 def test_a_terminal_has_a_bar_that_moves():
     ours, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, "-c", RUN], stdout=theirs, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN], stdout=theirs, stderr=subprocess.DEVNULL
+    ) as process:
         os.close(theirs)
         text = b""
         while True:
@@ -53,7 +55,9 @@ def test_a_terminal_has_a_bar_that_moves():
 def test_a_notebook_has_a_line_and_a_picture_each_kept_up_to_date():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(RUN + ";")])
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-    line, picture = [one["data"] for one in notebook.cells[0].outputs if one["output_type"] == "display_data"]
+    line, picture = [
+        one["data"] for one in notebook.cells[0].outputs if one["output_type"] == "display_data"
+    ]
     assert re.search(EPOCH, line["text/plain"]) and "Epoch 2/2: " in line["text/plain"]
     assert len(picture["image/png"]) > 10_000
 
@@ -66,13 +70,23 @@ def test_verbose_2_is_a_line_an_epoch_and_0_is_silence(tiny_lora, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_stopped_in_its_first_step_has_a_line_and_its_rate_leaves_validation_out(tiny_lora, capsys):
+def test_a_run_stopped_in_its_first_step_has_a_line_and_its_rate_leaves_validation_out(
+    tiny_lora, capsys
+):
     train, held_out = gl.load_tiny_world()
-    stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: os.kill(os.getpid(), signal.SIGINT))
+    stop = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: os.kill(os.getpid(), signal.SIGINT)
+    )
     gl.fit(tiny_lora, train, validation=held_out.select(range(4)), callbacks=[stop], verbose=2)
     assert re.search(r"Epoch 1/1: [1-9] of 284 steps in", capsys.readouterr().out)
     slow = keras.callbacks.LambdaCallback(on_test_batch_end=lambda step, logs: time.sleep(2))
-    gl.fit(tiny_lora, train.select(range(8)), validation=held_out.select(range(4)), callbacks=[slow], verbose=2)
+    gl.fit(
+        tiny_lora,
+        train.select(range(8)),
+        validation=held_out.select(range(4)),
+        callbacks=[slow],
+        verbose=2,
+    )
     seconds = re.search(r"steps in ([\d.]+) s", capsys.readouterr().out)[1]
     start = time.monotonic()
     gl.evaluate(tiny_lora, held_out.select(range(4)), answers=False)

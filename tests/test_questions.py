@@ -61,7 +61,15 @@ def test_no_question_is_lost():
 
 @pytest.mark.parametrize("question", ANSWERED)
 def test_the_cells_that_answer_are_there_and_most_were_run(question):
-    cells = {f"{p.stem[:2]} {cell.id}": cell for p in NOTEBOOKS for cell in nbformat.read(p, as_version=4).cells}
+    cells = {
+        f"{p.stem[:2]} {cell.id}": cell
+        for p in NOTEBOOKS
+        for cell in nbformat.read(p, as_version=4).cells
+    }
     answers = [cells[name] for name in ANSWERED[question].split(", ")]
-    assert all(cell.outputs for cell in answers if cell.cell_type == "code" and "assert" not in cell.source)
-    assert number(question) == 3 or any(cell.cell_type == "code" and cell.outputs for cell in answers)
+    assert all(
+        cell.outputs for cell in answers if cell.cell_type == "code" and "assert" not in cell.source
+    )
+    assert number(question) == 3 or any(
+        cell.cell_type == "code" and cell.outputs for cell in answers
+    )

@@ -30,7 +30,9 @@ def dolly_row(number: int, context: str) -> dict:
 
 
 # Blanks are no context, so 31 of the 40 rows have none.
-DOLLY_ROWS = [dolly_row(n, "" if n % 4 else " \n" if n == 8 else f"Of thing {n}.") for n in range(40)]
+DOLLY_ROWS = [
+    dolly_row(n, "" if n % 4 else " \n" if n == 8 else f"Of thing {n}.") for n in range(40)
+]
 WITHOUT_CONTEXT = [row for row in DOLLY_ROWS if not row["context"].strip()]
 WITH_CONTEXT = [row for row in DOLLY_ROWS if row["context"].strip()]
 
@@ -48,7 +50,10 @@ def alpaca(number: int) -> dict:
 @pytest.fixture(autouse=True)
 def served(hub):
     card = b"---\nlicense: cc-by-sa-3.0\nlanguage:\n- en\n---\n# Summary\n"
-    hub.repos[DOLLY] = {"README.md": card, "databricks-dolly-15k.jsonl": json_lines(DOLLY_ROWS, ensure_ascii=False)}
+    hub.repos[DOLLY] = {
+        "README.md": card,
+        "databricks-dolly-15k.jsonl": json_lines(DOLLY_ROWS, ensure_ascii=False),
+    }
     hub.repos["someone/other"] = {
         "README.md": b"# No metadata\n",
         "data/train.json": json.dumps([alpaca(n) for n in range(5)]).encode(),
@@ -88,11 +93,15 @@ def test_dolly_drops_rows_with_context_and_keeps_the_order_of_the_file():
 
 
 def test_dolly_takes_1000_rows_unless_told_otherwise():
-    with pytest.raises(ValueError, match=r"context='drop': Dolly has 31 rows. Received: rows=1000, held_out=0"):
+    with pytest.raises(
+        ValueError, match=r"context='drop': Dolly has 31 rows. Received: rows=1000, held_out=0"
+    ):
         load_dolly()
 
 
-@pytest.mark.parametrize(("context", "rows"), [("keep", DOLLY_ROWS), ("only", WITH_CONTEXT), ("drop", WITHOUT_CONTEXT)])
+@pytest.mark.parametrize(
+    ("context", "rows"), [("keep", DOLLY_ROWS), ("only", WITH_CONTEXT), ("drop", WITHOUT_CONTEXT)]
+)
 def test_dolly_without_a_number_of_rows_is_all_that_the_context_leaves(context, rows):
     assert load_dolly(rows=None, context=context)[0].to_list() == rows
 
@@ -118,7 +127,9 @@ def test_seeds_differ():
     assert load_dolly(rows=20, seed=0)[0].to_list() != load_dolly(rows=20, seed=7)[0].to_list()
 
 
-@pytest.mark.parametrize(("rows", "held_out"), [(32, 0), (31, 1), (0, 0), (-1, 0), (5, -1), (None, 31), (None, 40)])
+@pytest.mark.parametrize(
+    ("rows", "held_out"), [(32, 0), (31, 1), (0, 0), (-1, 0), (5, -1), (None, 31), (None, 40)]
+)
 def test_dolly_names_its_number_of_rows_when_they_do_not_suffice(rows, held_out):
     with pytest.raises(ValueError, match=r"Dolly has 31 rows"):
         load_dolly(rows=rows, held_out=held_out)
@@ -147,13 +158,17 @@ def test_what_is_cached_needs_no_hub(hub, nothing_cached, no_waiting):
 
 
 def test_an_unknown_data_set_is_named():
-    with pytest.raises(ConnectionError, match=r"'someone/nothing' from the Hub: .*doesn't exist on the Hub"):
+    with pytest.raises(
+        ConnectionError, match=r"'someone/nothing' from the Hub: .*doesn't exist on the Hub"
+    ):
         load_records("someone/nothing")
 
 
 @pytest.mark.parametrize("status", [500, 403, 429, HANG_UP])
 @pytest.mark.parametrize("where", ["", "databricks-dolly-15k.jsonl"])
-def test_a_hub_that_fails_is_a_connection_error_that_says_why(hub, nothing_cached, no_waiting, where, status):
+def test_a_hub_that_fails_is_a_connection_error_that_says_why(
+    hub, nothing_cached, no_waiting, where, status
+):
     hub.failing = {where: status}
     with pytest.raises(ConnectionError, match=r"from the Hub: \S.+\nWays out:"):
         load_dolly(rows=20)
@@ -180,7 +195,13 @@ def test_a_hub_that_recovers_serves_again(hub, nothing_cached, no_waiting):
 @pytest.mark.parametrize(("split", "numbers"), [("train", range(5)), ("test", range(5, 8))])
 def test_a_name_on_the_hub_is_loaded_and_brought_into_dollys_columns(split, numbers):
     assert load_records("someone/other", split=split).to_list() == [
-        {"instruction": f"Do {n}.", "context": f"With {n}.", "response": f"Done {n}.", "category": ""} for n in numbers
+        {
+            "instruction": f"Do {n}.",
+            "context": f"With {n}.",
+            "response": f"Done {n}.",
+            "category": "",
+        }
+        for n in numbers
     ]
 
 
@@ -199,7 +220,9 @@ def test_files_are_read_in_order(file, ending, kind):
             writer.writeheader()
             writer.writerows(DOLLY_ROWS)
     else:
-        path.write_bytes(json.dumps(DOLLY_ROWS).encode() if ending == ".json" else json_lines(DOLLY_ROWS))
+        path.write_bytes(
+            json.dumps(DOLLY_ROWS).encode() if ending == ".json" else json_lines(DOLLY_ROWS)
+        )
     records = load_records(kind(path))
     assert records.to_list() == DOLLY_ROWS
     assert records.column_names == list(COLUMNS)
@@ -213,7 +236,9 @@ def test_records_in_memory_are_read_in_order(kind):
 
 @pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
 def test_what_a_data_frame_misses_is_an_empty_context(missing):
-    frame = pd.DataFrame({"question": ["Why?", "How?"], "answer": ["So.", "Thus."], "context": ["Because.", missing]})
+    frame = pd.DataFrame(
+        {"question": ["Why?", "How?"], "answer": ["So.", "Thus."], "context": ["Because.", missing]}
+    )
     assert load_records(frame)["context"][:] == ["Because.", ""]
 
 
@@ -238,7 +263,9 @@ def test_a_missing_file_is_named(name, tmp_path, monkeypatch):
 
 
 def test_other_files_are_refused(file):
-    with pytest.raises(ValueError, match=r"reads \.jsonl, \.json and \.csv files\. Received: .*notes\.txt"):
+    with pytest.raises(
+        ValueError, match=r"reads \.jsonl, \.json and \.csv files\. Received: .*notes\.txt"
+    ):
         load_records(file("notes.txt", "Why? So."))
 
 
@@ -253,9 +280,17 @@ def test_other_files_are_refused(file):
         {"question": "Why?", "answer": "So."},
         {"prompts": "Why?", "responses": "So."},
         {"question": "Why?", "answer": "So.", "context": None, "category": None},
-        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Why?"},
+                {"role": "assistant", "content": "So."},
+            ]
+        },
         {"messages": [{"role": "user", "content": "Why?"}, {"role": "model", "content": "So."}]},
-        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "messages": None},
+        {
+            "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}],
+            "messages": None,
+        },
     ],
 )
 def test_usual_names_are_known(row):
@@ -263,14 +298,26 @@ def test_usual_names_are_known(row):
 
 
 @pytest.mark.parametrize(
-    ("role", "content", "chat"), [("role", "content", "messages"), ("from", "value", "conversations")]
+    ("role", "content", "chat"),
+    [("role", "content", "messages"), ("from", "value", "conversations")],
 )
 def test_a_system_turn_becomes_the_context_and_the_category_stays(role, content, chat):
     said = [("system", "Be brief."), ("user", "Why?"), ("assistant", "So.")]
-    row = {chat: [{role: who, content: text} for who, text in said], "category": "open_qa", "topic": "life"}
-    record = {"instruction": "Why?", "context": "Be brief.", "response": "So.", "category": "open_qa"}
+    row = {
+        chat: [{role: who, content: text} for who, text in said],
+        "category": "open_qa",
+        "topic": "life",
+    }
+    record = {
+        "instruction": "Why?",
+        "context": "Be brief.",
+        "response": "So.",
+        "category": "open_qa",
+    }
     assert load_records([row]).to_list() == [record]
-    assert load_records([row], columns={"category": "topic"}).to_list() == [record | {"category": "life"}]
+    assert load_records([row], columns={"category": "topic"}).to_list() == [
+        record | {"category": "life"}
+    ]
 
 
 def test_columns_says_what_the_source_calls_them():
@@ -285,12 +332,16 @@ def test_columns_may_map_a_context_that_some_rows_leave_empty():
 
 
 def test_columns_that_are_not_in_the_source_are_named():
-    with pytest.raises(ValueError, match=r"row 0: no 'frage' among the fields \['answer', 'question'\]"):
+    with pytest.raises(
+        ValueError, match=r"row 0: no 'frage' among the fields \['answer', 'question'\]"
+    ):
         load_records([{"question": "Why?", "answer": "So."}], columns={"instruction": "frage"})
 
 
 def test_columns_maps_only_the_four_columns():
-    with pytest.raises(ValueError, match=r"instruction, context, response, category .* Received: \['question'\]"):
+    with pytest.raises(
+        ValueError, match=r"instruction, context, response, category .* Received: \['question'\]"
+    ):
         load_records([ASKED], columns={"question": "instruction"})
 
 
@@ -310,25 +361,36 @@ MALFORMED = [
     ("{}", r"no 'instruction' among the fields \[\]"),
     ('{"instruction": "Why?", "response": 4}', "'response' is text. Received: int, 4"),
     ('{"instruction": ["Why?"], "response": "So."}', "'instruction' is text. Received: list"),
-    ('{"instruction": "Why?", "response": "So.", "context": {"a": 1}}', "'context' is text. Received: dict"),
+    (
+        '{"instruction": "Why?", "response": "So.", "context": {"a": 1}}',
+        "'context' is text. Received: dict",
+    ),
     ('{"instruction": "Why?", "response": ""}', "'response' is empty"),
     ('{"instruction": "Why?", "response": null}', "'response' is empty"),
     ('{"instruction": " \\n\\u00a0", "response": "So."}', "'instruction' is empty"),
     ('{"instruction": "Why?", "response": "\\ud800"}', "'response' holds half a character"),
-    ('{"instruction": "Why?", "response": "So.", "context": "\\udfff"}', "'context' holds half a character"),
+    (
+        '{"instruction": "Why?", "response": "So.", "context": "\\udfff"}',
+        "'context' holds half a character",
+    ),
     ('["Why?", "So."]', "an object with named fields. Received: list"),
     ("null", "an object with named fields. Received: NoneType"),
     ('{"messages": []}', r"one user and one assistant turn. Received: \[\]"),
     ('{"messages": [{"role": "user", "content": "Why?"}]}', r"Received: \['user'\]"),
     (
-        json.dumps({"messages": [{"role": role, "content": "Ah."} for role in ("user", "assistant") * 2]}),
+        json.dumps(
+            {"messages": [{"role": role, "content": "Ah."} for role in ("user", "assistant") * 2]}
+        ),
         r"one user and one assistant turn. Received: \['user', 'assistant', 'user', 'assistant'\]",
     ),
     ('{"messages": [{"content": "Why?"}, {"content": "So."}]}', "one user and one assistant turn"),
     ('{"messages": [{"role": ["user"], "content": "Why?"}]}', "one user and one assistant turn"),
     ('{"messages": ["Why?", "So."]}', "each of a chat's messages is an object"),
     ('{"messages": 5}', "each of a chat's messages is an object"),
-    ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "So."}]}', "'instruction' is empty"),
+    (
+        '{"messages": [{"role": "user"}, {"role": "assistant", "content": "So."}]}',
+        "'instruction' is empty",
+    ),
 ]
 
 
@@ -338,7 +400,9 @@ def test_a_malformed_line_is_refused_with_file_and_line_or_skipped(file, line, w
     path = file("rows.jsonl", json_lines([ASKED]) + b"\n" + line + b"\n" + json_lines([ASKED]))
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: .*{why}.*on_error=\"skip\""):
         load_records(path)
-    with pytest.warns(UserWarning, match=rf"Skipped 1 of 3 rows:\n  .*rows\.jsonl, line 3: .*{why}"):
+    with pytest.warns(
+        UserWarning, match=rf"Skipped 1 of 3 rows:\n  .*rows\.jsonl, line 3: .*{why}"
+    ):
         assert load_records(path, on_error="skip").to_list() == [ASKED, ASKED]
 
 
@@ -357,7 +421,9 @@ def test_skipping_warns_once_with_the_count_and_the_first_three_at_the_callers_l
     with pytest.warns(
         UserWarning, match=r"Skipped 1,200 of 1,201 rows:(\n  row \d: 'response' is empty\.){3}$"
     ) as caught:
-        assert load_records([*[ASKED | {"response": ""}] * 1200, ASKED], on_error="skip").to_list() == [ASKED]
+        assert load_records(
+            [*[ASKED | {"response": ""}] * 1200, ASKED], on_error="skip"
+        ).to_list() == [ASKED]
     assert [Path(warning.filename).name for warning in caught] == ["test_records.py"]
 
 
@@ -368,7 +434,9 @@ def test_skipping_does_not_warn_when_nothing_is_skipped():
 
 
 def test_no_usable_row_is_an_error_even_when_skipping():
-    with pytest.raises(ValueError, match=r"No usable record in the list\. row 0: 'response' is empty"):
+    with pytest.raises(
+        ValueError, match=r"No usable record in the list\. row 0: 'response' is empty"
+    ):
         load_records([ASKED | {"response": ""}] * 3, on_error="skip")
 
 
@@ -389,7 +457,9 @@ def test_an_empty_file_is_an_error(file, name, content):
 
 @pytest.mark.parametrize("nothing", [[], pd.DataFrame({"question": [], "answer": []})])
 def test_no_rows_are_an_error(nothing):
-    with pytest.raises(ValueError, match=rf"No usable record in the {type(nothing).__name__}\. It is empty\."):
+    with pytest.raises(
+        ValueError, match=rf"No usable record in the {type(nothing).__name__}\. It is empty\."
+    ):
         load_records(nothing)
 
 
@@ -414,8 +484,13 @@ def test_a_json_file_that_is_no_list_is_refused(file, content, why):
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\n\n", b"\n \t\r\n"])
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_json_lines_with_any_newline_byte_order_mark_and_line_separator(file, start, newline, end, ensure_ascii):
-    rows = [ASKED | {"response": text} for text in ("größer 🙂", "one\u2028two\u2029three\x85four", "one\r\ntwo\x1c")]
+def test_json_lines_with_any_newline_byte_order_mark_and_line_separator(
+    file, start, newline, end, ensure_ascii
+):
+    rows = [
+        ASKED | {"response": text}
+        for text in ("größer 🙂", "one\u2028two\u2029three\x85four", "one\r\ntwo\x1c")
+    ]
     lines = json_lines(rows, ensure_ascii=ensure_ascii).strip().split(b"\n")
     assert load_records(file("rows.jsonl", start + newline.join(lines) + end)).to_list() == rows
 
@@ -445,7 +520,12 @@ def test_a_csv_row_with_too_many_fields_is_malformed_not_cut_off(file):
 
 
 @pytest.mark.parametrize(
-    "content", [b"question,answer\nWhy?,caf\xe9\n", b'question,answer\nWhy?,"So.\nHow?,Thus.\n', b"question\0,\xff\xfe"]
+    "content",
+    [
+        b"question,answer\nWhy?,caf\xe9\n",
+        b'question,answer\nWhy?,"So.\nHow?,Thus.\n',
+        b"question\0,\xff\xfe",
+    ],
 )
 def test_a_file_that_is_no_csv_in_utf_8_is_refused(file, content):
     with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8, near line \d"):
@@ -454,7 +534,12 @@ def test_a_file_that_is_no_csv_in_utf_8_is_refused(file, content):
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 RECORD = st.fixed_dictionaries(
-    {"instruction": TEXT.filter(str.strip), "context": TEXT, "response": TEXT.filter(str.strip), "category": TEXT}
+    {
+        "instruction": TEXT.filter(str.strip),
+        "context": TEXT,
+        "response": TEXT.filter(str.strip),
+        "category": TEXT,
+    }
 )
 
 
@@ -482,13 +567,17 @@ def test_the_small_world_is_large_enough_and_has_dollys_columns():
 
 
 def test_the_small_world_is_always_alike():
-    assert [part.to_list() for part in load_tiny_world()] == [part.to_list() for part in load_tiny_world()]
+    assert [part.to_list() for part in load_tiny_world()] == [
+        part.to_list() for part in load_tiny_world()
+    ]
 
 
 def test_no_tuning_record_asks_about_a_held_out_subject():
     train, held_out = load_tiny_world()
     subjects = [*world.COUNTRIES, *world.ANIMALS, *world.TOPICS, *world.CONTINENTS]
-    held_out_ones = [subject for subject in subjects if getattr(subject, "name", subject) in held_out_subjects()]
+    held_out_ones = [
+        subject for subject in subjects if getattr(subject, "name", subject) in held_out_subjects()
+    ]
     assert len(held_out_ones) == len(held_out_subjects())
 
     def asked_about(subject) -> set[str]:
@@ -499,7 +588,11 @@ def test_no_tuning_record_asks_about_a_held_out_subject():
             world.Topic: ("plain", "child"),
             str: ("continent trip", "continent countries"),
         }[type(subject)]
-        return {question.format(**fields) for relation in relations for question in world.QUESTIONS[relation]}
+        return {
+            question.format(**fields)
+            for relation in relations
+            for question in world.QUESTIONS[relation]
+        }
 
     questions = set().union(*map(asked_about, held_out_ones))
     assert set(held_out["instruction"]) <= questions

@@ -9,12 +9,20 @@ import pytest
 import gemma_lora as gl
 from gemma_lora import runtime
 
-QUIET = {key: value for key, value in os.environ.items() if not key.startswith(("KERAS", "TF_", "XLA_PYTHON"))}
+QUIET = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("KERAS", "TF_", "XLA_PYTHON"))
+}
 
 
 def run(code: str, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**QUIET, **environment}, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**QUIET, **environment},
+        timeout=120,
     )
 
 
@@ -76,11 +84,31 @@ def test_a_wrong_seed_is_refused(seed):
 
 
 def test_parameters_are_overridden_by_environment(monkeypatch, capsys):
-    for name, text in {"PRESET": "gemma_2b_en", "ROWS": "50", "RATE": "1", "DEEP": "False", "lower": "x"}.items():
+    for name, text in {
+        "PRESET": "gemma_2b_en",
+        "ROWS": "50",
+        "RATE": "1",
+        "DEEP": "False",
+        "lower": "x",
+    }.items():
         monkeypatch.setenv(f"GEMMA_LORA_{name}", text)
-    namespace = {"PRESET": "tiny_gemma_en", "ROWS": 1000, "RATE": 1e-3, "DEEP": True, "lower": "y", "OTHER": 1}
+    namespace = {
+        "PRESET": "tiny_gemma_en",
+        "ROWS": 1000,
+        "RATE": 1e-3,
+        "DEEP": True,
+        "lower": "y",
+        "OTHER": 1,
+    }
     gl.override_parameters(namespace)
-    assert namespace == {"PRESET": "gemma_2b_en", "ROWS": 50, "RATE": 1.0, "DEEP": False, "lower": "y", "OTHER": 1}
+    assert namespace == {
+        "PRESET": "gemma_2b_en",
+        "ROWS": 50,
+        "RATE": 1.0,
+        "DEEP": False,
+        "lower": "y",
+        "OTHER": 1,
+    }
     assert "ROWS = 50 (from GEMMA_LORA_ROWS)" in capsys.readouterr().out
 
 
@@ -97,10 +125,14 @@ def test_what_was_compiled_once_is_not_compiled_again(tmp_path):
         "gl.fit(model, gl.load_tiny_world()[0].select(range(8)), verbose=0); gl.generate(model, 'Why?')"
     )
     own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    environment = {name: value for name, value in os.environ.items() if name not in own} | {"HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name not in own} | {
+        "HOME": str(tmp_path)
+    }
     kept = []
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, env=environment
+        )
         files = [path.name for path in (tmp_path / ".cache/gemma_lora").rglob("*-cache")]
         kept.append({name for name in files if "pure_step" in name or "generate" in name})
     assert kept[0] == kept[1]
@@ -114,7 +146,9 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path):
     code = "import gemma_lora as gl; gl.setup(seed=0); import os; print(os.environ.get('JAX_COMPILATION_CACHE_DIR'))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment["HOME"] = str(tmp_path / "home")
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
     assert ran.stdout.strip() == "None", ran.stderr
 
 
@@ -130,8 +164,16 @@ def test_memory_that_a_step_frees_is_kept_for_the_next():
     )
     pages = {}
     for kept in (True, False):
-        environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+        environment = {
+            name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"
+        }
         environment |= {} if kept else {"MALLOC_ARENA_MAX": "8"}
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
         pages[kept] = int(done.stdout)
     assert pages[True] * 2 < pages[False]

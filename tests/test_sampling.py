@@ -19,7 +19,10 @@ def test_the_same_seed_gives_the_same_answer(tiny, sampler):
 
 
 def test_another_seed_gives_another_answer(tiny):
-    answers = {gl.generate(tiny, QUESTION, sampler="random", seed=seed, max_new_tokens=16) for seed in range(5)}
+    answers = {
+        gl.generate(tiny, QUESTION, sampler="random", seed=seed, max_new_tokens=16)
+        for seed in range(5)
+    }
     assert len(answers) > 1
 
 
@@ -39,7 +42,9 @@ def test_greedy_is_what_keras_hub_answers(tiny):
 
 
 def test_template_none_continues_the_text(tiny):
-    assert gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=3).startswith("Paris")
+    assert gl.generate(
+        tiny, "The capital of France is", template=None, max_new_tokens=3
+    ).startswith("Paris")
 
 
 def test_context_reaches_the_prompt(tiny):
@@ -56,18 +61,25 @@ def test_every_family_answers_as_keras_hub_does(random_model, family, sampler):
         with pytest.raises(ValueError, match="no beam search with Gemma 3"):
             gl.generate(model, QUESTION, sampler=sampler)
         return
-    prompts = [QUESTION, QUESTION * 2][: 1 if sampler == "beam" else 2]  # KerasHub's beams of several lengths differ
+    prompts = [QUESTION, QUESTION * 2][
+        : 1 if sampler == "beam" else 2
+    ]  # KerasHub's beams of several lengths differ
     model.compile(sampler=sampler)
     theirs = []
     for prompt in prompts:
         size = len(tokenizer_of(model).prompt(None, prompt))
         theirs.append(model.generate(prompt, max_length=size + 8)[len(prompt) :].strip())
-    assert gl.generate(model, prompts, sampler=model.sampler, template=None, max_new_tokens=8) == theirs
+    assert (
+        gl.generate(model, prompts, sampler=model.sampler, template=None, max_new_tokens=8)
+        == theirs
+    )
 
 
 def test_no_token_is_computed_beyond_the_limit(tiny):
     inputs = sampling.padded([[2, 30, 31], [2, 30, 31, 32]], 2, 64, 0) | {"limit": np.int32(9)}
-    with sampling._compiled(tiny, keras_hub.samplers.RandomSampler(temperature=10.0), 0) as function:
+    with sampling._compiled(
+        tiny, keras_hub.samplers.RandomSampler(temperature=10.0), 0
+    ) as function:
         output = np.asarray(function(inputs, stop_token_ids=None)["token_ids"])
     assert output[:, 4:9].all()
     assert not output[:, 9:].any()
@@ -134,7 +146,9 @@ def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
     first = gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1)
     token = tokenizer_of(tiny).encode([" Paris"])[0]
     answers = [
-        gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1, sampler=Without(t))
+        gl.generate(
+            tiny, "The capital of France is", template=None, max_new_tokens=1, sampler=Without(t)
+        )
         for t in (3, token)
     ]
     assert answers[0] == first != answers[1]

@@ -49,7 +49,12 @@ def every(names: str, ones, others):
     """All pairs, each a test; a third of them, in which each one and each other comes, also in the quick run."""
     pairs = [(i + j, one, other) for i, one in enumerate(ones) for j, other in enumerate(others)]
     params = [
-        pytest.param(one, other, marks=[pytest.mark.full] if number % 3 else [], id=f"{_name(one)}-{_name(other)}")
+        pytest.param(
+            one,
+            other,
+            marks=[pytest.mark.full] if number % 3 else [],
+            id=f"{_name(one)}-{_name(other)}",
+        )
         for number, one, other in pairs
     ]
     return pytest.mark.parametrize(names, params)
@@ -82,7 +87,9 @@ def search(secret: str, sink: str, *written: str | bytes):
         text = text.decode("latin-1") if isinstance(text, bytes) else text
         SEARCHED[sink] += 1
         forms = (text, urllib.parse.unquote(text), html.unescape(text), text.replace("\\", ""))
-        assert not any(trace in form for trace in traces(secret) for form in forms), f"{sink} shows it: {text[:3000]}"
+        assert not any(trace in form for trace in traces(secret) for form in forms), (
+            f"{sink} shows it: {text[:3000]}"
+        )
 
 
 # Where it is searched
@@ -112,7 +119,9 @@ def look_through_error(secret: str, error: BaseException):
     search(secret, "traceback", "".join(traceback.format_exception(error)))
     for mode in ("Plain", "Context"):
         search(
-            secret, f"IPython's {mode} traceback", FormattedTB(mode=mode).text(type(error), error, error.__traceback__)
+            secret,
+            f"IPython's {mode} traceback",
+            FormattedTB(mode=mode).text(type(error), error, error.__traceback__),
         )
     search(secret, "pickled error", pickle.dumps(error))
     waiting, seen = [error], set()
@@ -120,9 +129,18 @@ def look_through_error(secret: str, error: BaseException):
         one = waiting.pop()
         seen.add(id(one))
         search(
-            secret, "chain of errors", str(one), repr(one), repr(one.args), *map(repr, getattr(one, "__notes__", []))
+            secret,
+            "chain of errors",
+            str(one),
+            repr(one),
+            repr(one.args),
+            *map(repr, getattr(one, "__notes__", [])),
         )
-        waiting += [other for other in (one.__cause__, one.__context__) if other is not None and id(other) not in seen]
+        waiting += [
+            other
+            for other in (one.__cause__, one.__context__)
+            if other is not None and id(other) not in seen
+        ]
 
 
 def look_through_result(secret: str, result):
@@ -139,7 +157,11 @@ def look_through_result(secret: str, result):
 
 def look_through_files(secret: str, folder: Path, planted: dict[Path, bytes]):
     for file in folder.rglob("*"):
-        if file.is_file() and (content := file.read_bytes()) != planted.get(file) and len(content) < 10**6:
+        if (
+            file.is_file()
+            and (content := file.read_bytes()) != planted.get(file)
+            and len(content) < 10**6
+        ):
             search(secret, "file", str(file), content)
 
 
@@ -160,13 +182,17 @@ def run_all(secret: str, capfd, folder: Path, calls: dict, *, in_environment: bo
         search(secret, "stderr", err)
         search(secret, "log", logs.getvalue())
         search(secret, "warnings", *[str(one.message) for one in warned])
-        (look_through_error if isinstance(answers[name], Exception) else look_through_result)(secret, answers[name])
+        (look_through_error if isinstance(answers[name], Exception) else look_through_result)(
+            secret, answers[name]
+        )
         look_through_files(secret, folder, planted)
         if not in_environment:
             search(secret, "os.environ", repr(os.environ))
     if not in_environment:
         command = [sys.executable, "-S", "-c", "import os; print(os.environ)"]
-        search(secret, "environment of a child", subprocess.run(command, capture_output=True).stdout)
+        search(
+            secret, "environment of a child", subprocess.run(command, capture_output=True).stdout
+        )
     return answers
 
 
@@ -183,8 +209,21 @@ class EchoingServer(KaggleServer):
         return _error(400, f"Bad header: {headers.get('Authorization')}") if self.echo else response
 
 
-OUTCOMES = {"fine": {}, "401": {"": 401}, "403": {}, "404": {"": 404}, "429": {"": 429}, "500": {"": 500}}
-OUTCOMES |= {"hangs": {"": HANG}, "reset": {"": RESET}, "broken off": {".json": "cut"}, "down": {}, "echoed": {}}
+OUTCOMES = {
+    "fine": {},
+    "401": {"": 401},
+    "403": {},
+    "404": {"": 404},
+    "429": {"": 429},
+    "500": {"": 500},
+}
+OUTCOMES |= {
+    "hangs": {"": HANG},
+    "reset": {"": RESET},
+    "broken off": {".json": "cut"},
+    "down": {},
+    "echoed": {},
+}
 OUTCOMES |= {"unknown": {}}
 
 
@@ -200,9 +239,11 @@ def impatient(monkeypatch):
     )  # its look at the stack takes a second
 
 
-def prepare(kaggle, outcome, secret):  # noqa: F811
+def prepare(kaggle, outcome, secret):
     kaggle.users = {secret: "someone", **dict.fromkeys(("ada", "bob", "eve", "cleo"))}
-    kaggle.consented = {"someone", "ada", "bob", "eve", "cleo", "dora"} if outcome != "403" else set()
+    kaggle.consented = (
+        {"someone", "ada", "bob", "eve", "cleo", "dora"} if outcome != "403" else set()
+    )
     kaggle.failing = OUTCOMES[outcome]
     if outcome == "unknown":
         kaggle.users = {}
@@ -222,21 +263,26 @@ def calls(*, login=None, model=False, preset=PRESET) -> dict:
 
 
 @every("plant, outcome", PLACES, OUTCOMES)
-def test_what_was_found_never_gets_out(kaggle, home, tmp_path, capfd, impatient, plant, outcome):  # noqa: F811
+def test_what_was_found_never_gets_out(kaggle, home, tmp_path, capfd, impatient, plant, outcome):
     secret = new_secret()
     header = plant(home, secret)
     prepare(kaggle, outcome, secret)
     if header.startswith("Basic") and outcome != "unknown":
         kaggle.users[secret] = base64.b64decode(header[6:]).decode().partition(":")[0]
     load = outcome == "fine" and plant.__name__ in ("environment_token", "kaggle_json")
-    hidden = PLACES[plant].startswith(("Colab", "file", "Kaggle's")) or plant.__name__ == "environment_file"
+    hidden = (
+        PLACES[plant].startswith(("Colab", "file", "Kaggle's"))
+        or plant.__name__ == "environment_file"
+    )
     answers = run_all(secret, capfd, tmp_path, calls(model=load), in_environment=not hidden)
     assert header in {one for _, one in kaggle.requests} or outcome == "down"
     assert isinstance(answers["tokenizer"], Exception) == (outcome != "fine")
 
 
 @every("form, outcome", ["token", "key", "pasted", "typed", "typed pair", "stored"], OUTCOMES)
-def test_what_was_given_or_typed_never_gets_out(kaggle, tmp_path, capfd, impatient, monkeypatch, form, outcome):  # noqa: F811
+def test_what_was_given_or_typed_never_gets_out(
+    kaggle, tmp_path, capfd, impatient, monkeypatch, form, outcome
+):
     secret = new_secret()
     prepare(kaggle, outcome, secret)
     pair = {"username": "dora", "key": secret}
@@ -245,7 +291,9 @@ def test_what_was_given_or_typed_never_gets_out(kaggle, tmp_path, capfd, impatie
     given = pair if form == "key" else {"token": json.dumps(pair) if "pa" in form else secret}
     if "typed" in form:
         monkeypatch.setattr(credentials, "_ask", lambda: given["token"])
-        answers = run_all(secret, capfd, tmp_path, calls(login=gl.kaggle_login), in_environment=False)
+        answers = run_all(
+            secret, capfd, tmp_path, calls(login=gl.kaggle_login), in_environment=False
+        )
     elif form == "stored" and outcome in ("fine", "403", "broken off"):
         gl.kaggle_login(**given, store=True)  # here it is meant to be in a file
         answers = run_all(secret, capfd, tmp_path, calls(), in_environment=False)
@@ -256,7 +304,7 @@ def test_what_was_given_or_typed_never_gets_out(kaggle, tmp_path, capfd, impatie
     assert kaggle.requests or outcome == "down"
 
 
-def test_storing_where_a_file_is_never_gets_either_out(kaggle, home, tmp_path, capfd, impatient):  # noqa: F811
+def test_storing_where_a_file_is_never_gets_either_out(kaggle, home, tmp_path, capfd, impatient):
     old, new = new_secret(), new_secret()
     PLANTS["access_token"](home, old)
     kaggle.users = {new: "dora"}
@@ -281,7 +329,9 @@ MALFORMED = {
 
 
 @every("plant, kind", [*PLANTS, "token", "key", "username", "pasted", "typed"], MALFORMED)
-def test_what_is_malformed_never_gets_out(kaggle, home, tmp_path, capfd, impatient, monkeypatch, plant, kind):  # noqa: F811
+def test_what_is_malformed_never_gets_out(
+    kaggle, home, tmp_path, capfd, impatient, monkeypatch, plant, kind
+):
     secret = new_secret()
     value = MALFORMED[kind](secret)
     login = None
@@ -292,24 +342,45 @@ def test_what_is_malformed_never_gets_out(kaggle, home, tmp_path, capfd, impatie
             PLANTS[plant](home, "here")
             for file in home.rglob("*"):
                 if file.is_file():
-                    file.write_bytes(file.read_bytes().replace(b"here", value.encode(errors="surrogateescape")))
+                    file.write_bytes(
+                        file.read_bytes().replace(b"here", value.encode(errors="surrogateescape"))
+                    )
     elif plant == "typed":
         monkeypatch.setattr(credentials, "_ask", lambda: value)
         login = gl.kaggle_login
     else:
-        given = {"token": value} if plant == "token" else {"username": "ada", "key": "0123456789"} | {plant: value}
-        given = {"token": json.dumps({"username": "ada", "key": value})} if plant == "pasted" else given
+        given = (
+            {"token": value}
+            if plant == "token"
+            else {"username": "ada", "key": "0123456789"} | {plant: value}
+        )
+        given = (
+            {"token": json.dumps({"username": "ada", "key": value})} if plant == "pasted" else given
+        )
         login = lambda: gl.kaggle_login(**given)  # noqa: E731
     outside = plant in ("environment_token", "environment_pair")
     run_all(secret, capfd, tmp_path, calls(login=login), in_environment=outside)
 
 
-DAMAGED = ['{"username": "ada", "key": "%s', '{"username": "%s"}', '{"key": "%s"}', '"%s"', "%s", '["%s"]', "\udcff%s"]
-DAMAGED += ['{"username": "ada", "key": ["%s"]}', '\ufeff{"username": "ada", "key": "%s"}', '"username key %s"', "7 %s"]
+DAMAGED = [
+    '{"username": "ada", "key": "%s',
+    '{"username": "%s"}',
+    '{"key": "%s"}',
+    '"%s"',
+    "%s",
+    '["%s"]',
+    "\udcff%s",
+]
+DAMAGED += [
+    '{"username": "ada", "key": ["%s"]}',
+    '\ufeff{"username": "ada", "key": "%s"}',
+    '"username key %s"',
+    "7 %s",
+]
 
 
 @every("name, text", ["kaggle.json", "access_token", "access_token.txt"], DAMAGED)
-def test_a_damaged_file_never_gets_out(kaggle, home, tmp_path, capfd, impatient, name, text):  # noqa: F811
+def test_a_damaged_file_never_gets_out(kaggle, home, tmp_path, capfd, impatient, name, text):
     secret = new_secret()
     (home / ".kaggle").mkdir()
     (home / ".kaggle" / name).write_bytes((text % secret).encode(errors="surrogateescape"))
@@ -317,9 +388,15 @@ def test_a_damaged_file_never_gets_out(kaggle, home, tmp_path, capfd, impatient,
     run_all(secret, capfd, tmp_path, calls(preset="hf://someone/tiny"), in_environment=False)
 
 
-def test_a_file_that_nobody_may_read_never_gets_out(kaggle, home, tmp_path, capfd, impatient, monkeypatch):  # noqa: F811
+def test_a_file_that_nobody_may_read_never_gets_out(
+    kaggle, home, tmp_path, capfd, impatient, monkeypatch
+):
     secret = new_secret()
-    monkeypatch.setattr(Path, "read_text", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "denied", "here")))
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "denied", "here")),
+    )
     PLANTS["access_token"](home, secret)
     run_all(secret, capfd, tmp_path, {"find": gl.find_credentials, **calls()}, in_environment=False)
 
@@ -339,14 +416,21 @@ HUB_OUTCOMES = ["fine", "401", "403", "404", "500", "reset", "down", "unknown", 
 
 
 @every("place, outcome", ["HF_TOKEN", "file"], HUB_OUTCOMES)
-def test_a_token_for_the_hub_never_gets_out(kaggle, tmp_path, capfd, impatient, monkeypatch, place, outcome):  # noqa: F811
+def test_a_token_for_the_hub_never_gets_out(
+    kaggle, tmp_path, capfd, impatient, monkeypatch, place, outcome
+):
     secret = "hf_" + secrets.token_hex(17)
     value = MALFORMED.get(outcome, str)(secret)
     server = RecordingHub()
     server.models["someone/tiny"] = FOLDER
     if outcome in ("401", "403", "unknown"):
         server.gated = {"someone/tiny"}
-    server.failing = {"500": {"": 500}, "404": {"": 404}, "reset": {"": RESET}, "401": {"": 401}}.get(outcome, {})
+    server.failing = {
+        "500": {"": 500},
+        "404": {"": 404},
+        "reset": {"": RESET},
+        "401": {"": 401},
+    }.get(outcome, {})
     server.start()
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url_for_tokens + template)
@@ -354,7 +438,9 @@ def test_a_token_for_the_hub_never_gets_out(kaggle, tmp_path, capfd, impatient, 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(preflight.huggingface_hub.HfApi, "endpoint", server.url_for_tokens, raising=False)
+    monkeypatch.setattr(
+        preflight.huggingface_hub.HfApi, "endpoint", server.url_for_tokens, raising=False
+    )
     if place == "HF_TOKEN":
         monkeypatch.setenv("HF_TOKEN", value)
     else:
@@ -375,35 +461,56 @@ def test_a_token_for_the_hub_never_gets_out(kaggle, tmp_path, capfd, impatient, 
 # A notebook
 
 
-def test_a_saved_notebook_holds_no_secret(kaggle, home, tmp_path):  # noqa: F811
+def test_a_saved_notebook_holds_no_secret(kaggle, home, tmp_path):
     """Real cells in a kernel whose environment holds a bad token, then worse ones; the client logs to a file."""
     secret = new_secret()
     os.environ.update(KAGGLE_API_TOKEN=secret, HF_TOKEN="hf_" + secret, KAGGLE_LOGGING_ENABLED="1")
     os.environ.update(KAGGLEHUB_VERBOSITY="debug", PYTHONPATH=str(Path(gl.__file__).parents[1]))
     endpoint = f"kaggle_env._env_to_endpoint[kaggle_env.KaggleEnv.PROD] = {kaggle.url!r}"
-    cells = [f"import os, time, gemma_lora as gl\nfrom kagglesdk import kaggle_env\ntime.sleep = int\n{endpoint}"]
-    ask = ["gl.find_credentials()", "gl.kaggle_login()", f"gl.check({PRESET!r})", f"gl.load({PRESET!r})"]
+    cells = [
+        f"import os, time, gemma_lora as gl\nfrom kagglesdk import kaggle_env\ntime.sleep = int\n{endpoint}"
+    ]
+    ask = [
+        "gl.find_credentials()",
+        "gl.kaggle_login()",
+        f"gl.check({PRESET!r})",
+        f"gl.load({PRESET!r})",
+    ]
     cells += ["gl.setup(seed=0)", *ask, "gl.load('hf://someone/tiny')"]
     for kind in ("not ASCII", "control", "very long"):
         (tmp_path / "worse").mkdir(exist_ok=True)
         (tmp_path / "worse" / kind).write_text(MALFORMED[kind](secret))
         read = f"open({str(tmp_path / 'worse' / kind)!r}).read()"
         cells += [f"os.environ.update(KAGGLE_API_TOKEN={read}, HF_TOKEN={read})", *ask[:2], ask[3]]
-        cells += [f"gl.kaggle_login(token=os.environ['KAGGLE_API_TOKEN'])", "gl.load('hf://someone/tiny')"]  # noqa: F541
+        cells += [
+            "gl.kaggle_login(token=os.environ['KAGGLE_API_TOKEN'])",
+            "gl.load('hf://someone/tiny')",
+        ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=120, kernel_name="python3", allow_errors=True).execute()
     nbformat.write(notebook, tmp_path / "saved.ipynb")
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     assert sum(output.output_type == "error" for output in outputs) > 3
     assert ("Hello", f"Bearer {secret}") in kaggle.requests
-    search(secret, "saved notebook", (tmp_path / "saved.ipynb").read_text(), *map(json.dumps, outputs))
+    search(
+        secret, "saved notebook", (tmp_path / "saved.ipynb").read_text(), *map(json.dumps, outputs)
+    )
     look_through_files(secret, home, {})
 
 
 def test_the_search_finds_what_it_should():
     secret = new_secret()
-    leaks = [secret, repr(secret), secret[:17], f"%{secret}", "".join(f"%{ord(char):02x}" for char in secret)]
-    leaks += [base64.b64encode(f"{user}:{secret}".encode()).decode() for user in ("a", "ab", "abc", "abcd")]
+    leaks = [
+        secret,
+        repr(secret),
+        secret[:17],
+        f"%{secret}",
+        "".join(f"%{ord(char):02x}" for char in secret),
+    ]
+    leaks += [
+        base64.b64encode(f"{user}:{secret}".encode()).decode()
+        for user in ("a", "ab", "abc", "abcd")
+    ]
     for leak in leaks:
         with pytest.raises(AssertionError, match="shows it"):
             search(secret, "test", f"before {leak} after")

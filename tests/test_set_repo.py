@@ -20,7 +20,9 @@ def tree(tmp_path):
         shutil.copy(file, copy)
     others = f"{OLD} x{OLD} https://github.com/{OLD}-2 https://github.com/{OLD}.old/ '{OLD}'\n"
     (tmp_path / "others.md").write_text(others)
-    (tmp_path / "lines.txt").write_bytes(f"git@github.com:{OLD}.git\r\nhttps://github.com/{OLD}.\r\n".encode())
+    (tmp_path / "lines.txt").write_bytes(
+        f"git@github.com:{OLD}.git\r\nhttps://github.com/{OLD}.\r\n".encode()
+    )
     (tmp_path / "binary.bin").write_bytes(b"\xff\xfe" + f"github.com/{OLD}".encode())
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     return tmp_path
@@ -37,9 +39,13 @@ def test_all_copies_follow_and_nothing_else_changes(tree):
     assert {*notebooks, tree / "pyproject.toml", tree / "lines.txt"} <= {*changed}
     assert repository(tree) == NEW
     for file, content in contents(tree).items():
-        assert content == (before[file].replace(OLD.encode(), NEW.encode()) if file in changed else before[file])
+        assert content == (
+            before[file].replace(OLD.encode(), NEW.encode()) if file in changed else before[file]
+        )
     for file in [*notebooks, tree / "pyproject.toml", tree / "README.md"]:
-        assert not re.search(rf"(?<![\w.-]){re.escape(OLD)}(?![\w-])", file.read_text(encoding="utf-8"))
+        assert not re.search(
+            rf"(?<![\w.-]){re.escape(OLD)}(?![\w-])", file.read_text(encoding="utf-8")
+        )
     assert not {tree / "others.md", tree / "binary.bin"} & {*changed}
 
 

@@ -19,7 +19,9 @@ def test_streamed_pieces_are_the_answer(tiny, sampler, prompt):
 def test_every_family_streams(random_model, family):
     model = random_model(family)
     gl.enable_lora(model, rank=2)
-    assert "".join(gl.stream(model, QUESTION, max_new_tokens=5)) == gl.generate(model, QUESTION, max_new_tokens=5)
+    assert "".join(gl.stream(model, QUESTION, max_new_tokens=5)) == gl.generate(
+        model, QUESTION, max_new_tokens=5
+    )
 
 
 def test_a_stream_can_be_left_and_another_answer_asked_for_between(tiny):

@@ -19,7 +19,9 @@ def test_lines_within_a_cell_stay_lines():
 
 
 def test_a_column_of_numbers_is_set_to_the_right():
-    table = Table([{"name": "a", "n": 5, "size": "1.5 MB"}, {"name": "b", "n": 1000, "size": "0.5 kB"}])
+    table = Table(
+        [{"name": "a", "n": 5, "size": "1.5 MB"}, {"name": "b", "n": 1000, "size": "0.5 kB"}]
+    )
     assert str(table).splitlines()[1] == "a         5  1.5 MB"
     assert table._repr_html_().count("text-align:right") == 6
     assert Table([])._repr_html_()
@@ -29,7 +31,9 @@ def test_a_column_of_numbers_is_set_to_the_right():
 
 
 def test_tokens_in_colour_are_escaped_and_counted():
-    view = TokenView([[("<b>", 5, "read"), ("▁x", 6, "learned")], [("y", 7, "read"), ("<pad>", 0, "padding")]])
+    view = TokenView(
+        [[("<b>", 5, "read"), ("▁x", 6, "learned")], [("y", 7, "read"), ("<pad>", 0, "padding")]]
+    )
     assert view.counts() == {"read": 2, "learned": 1, "padding": 1}
     assert "&lt;b&gt;" in view._repr_html_()
     assert "<b>" not in view._repr_html_()

@@ -34,9 +34,13 @@ def token_losses(model, encoded) -> np.ndarray:
     losses = []
     for inputs, targets, weights in encoded.examples:
         ids = np.array([inputs])
-        logits = np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}), "float64")[0]
+        logits = np.asarray(
+            model({"token_ids": ids, "padding_mask": np.ones_like(ids)}), "float64"
+        )[0]
         highest = logits.max(-1, keepdims=True)
-        log_probabilities = logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        log_probabilities = (
+            logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        )
         losses += [-log_probabilities[i, target] for i, target in enumerate(targets) if weights[i]]
     return np.array(losses)
 
@@ -55,7 +59,9 @@ def test_loss_is_the_mean_over_real_tokens_whatever_the_batches(tiny, world):
     trainer = trainer_of(tiny)
     for batch_size in (3, 16):
         batches = Batches(encode(tiny, world[1]), batch_size=batch_size)
-        assert trainer.evaluate(batches, verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-5)
+        assert trainer.evaluate(batches, verbose=0, return_dict=True)["loss"] == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_validation_loss_is_that_of_evaluate(tiny_lora, world):
@@ -95,7 +101,14 @@ def test_what_was_run_is_attached_and_shown(tiny_lora, world, capsys):
 
 
 def test_the_published_recipe_is_one_call_away(tiny_lora, world):
-    gl.fit(tiny_lora, world[0].select(range(4)), batch_size=1, sequence_length=512, loss_on="all", verbose=0)
+    gl.fit(
+        tiny_lora,
+        world[0].select(range(4)),
+        batch_size=1,
+        sequence_length=512,
+        loss_on="all",
+        verbose=0,
+    )
     assert tiny_lora.gemma_lora.run["loss_on"] == "all"
 
 
@@ -116,7 +129,9 @@ def test_a_base_that_would_train_is_refused(tiny_lora, world):
         gl.fit(tiny_lora, world[0])
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"loss_on": "answer"}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"loss_on": "answer"}]
+)
 def test_wrong_options_are_refused_before_anything_changes(tiny_lora, world, wrong):
     before = weights_of(tiny_lora)
     with pytest.raises(ValueError, match="Received"):
@@ -126,7 +141,9 @@ def test_wrong_options_are_refused_before_anything_changes(tiny_lora, world, wro
 
 def test_keras_callbacks_work(tiny_lora, world):
     seen = []
-    callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: seen.append(logs["loss"]))
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: seen.append(logs["loss"])
+    )
     gl.fit(tiny_lora, world[0], callbacks=[callback], verbose=0)
     assert len(seen) == len(Batches(encode(tiny_lora, world[0]), batch_tokens=224))
 
@@ -142,15 +159,21 @@ def test_the_record_is_of_the_weights_that_a_callback_put_back(tiny_lora, world)
 
 def test_ctrl_c_leaves_a_usable_model_and_a_history(tiny_lora, world):
     interrupt = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda step, logs: os.kill(os.getpid(), signal.SIGINT) if step == 1 else None
+        on_train_batch_end=lambda step, logs: (
+            os.kill(os.getpid(), signal.SIGINT) if step == 1 else None
+        )
     )
-    history = gl.fit(tiny_lora, world[0], validation=world[1], epochs=50, callbacks=[interrupt], verbose=0)
+    history = gl.fit(
+        tiny_lora, world[0], validation=world[1], epochs=50, callbacks=[interrupt], verbose=0
+    )
     assert len(history.history["loss"]) == 1
     assert gl.generate(tiny_lora, "What is the capital of France?", max_new_tokens=4)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.skipif(not DOLLY.exists(), reason="the real Dolly rows lie beside the project, and are not here")
+@pytest.mark.skipif(
+    not DOLLY.exists(), reason="the real Dolly rows lie beside the project, and are not here"
+)
 def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora):
     rows = gl.load_records(DOLLY)
     train, held_out = rows.select(range(400)), rows.select(range(2900, 3000))
@@ -162,7 +185,9 @@ def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora):
 def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
     model, train = tiny_factory(), gl.load_tiny_world()[0].select(range(100))
     gl.enable_lora(model)
-    history = gl.fit(model, train, epochs=2, batch_size=2, learning_rate=1e-12, verbose=0)  # so that nothing changes
+    history = gl.fit(
+        model, train, epochs=2, batch_size=2, learning_rate=1e-12, verbose=0
+    )  # so that nothing changes
     epochs, losses = zip(*history.curve, strict=True)
     assert len(losses) == 40
     assert epochs[19] == 1
@@ -175,7 +200,9 @@ def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
         for start, stop, (_, loss) in zip(steps, steps[1:], points, strict=False):
             sums = np.zeros(2)
             for x, y, weights in order[start:stop]:
-                measured = trainer.evaluate(x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True)
+                measured = trainer.evaluate(
+                    x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True
+                )
                 sums += measured["loss"] * weights.sum(), weights.sum()
             assert abs(loss - sums[0] / sums[1]) < 1e-3
 
@@ -183,7 +210,18 @@ def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
 TEXTS = st.one_of(
     st.text(min_size=1, max_size=30),
     st.sampled_from(
-        ["", " ", "a", "word " * 25_000, "\x00\x07", "\u202eabc", "👩‍👩‍👧‍👦", "مرحبا", "a\ud800", "<eos><pad>"]
+        [
+            "",
+            " ",
+            "a",
+            "word " * 25_000,
+            "\x00\x07",
+            "\u202eabc",
+            "👩‍👩‍👧‍👦",
+            "مرحبا",
+            "a\ud800",
+            "<eos><pad>",
+        ]
     ),
 )
 
@@ -193,7 +231,11 @@ TEXTS = st.one_of(
     records=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=5),
     size=st.fixed_dictionaries(
         {},
-        optional={"batch_size": st.integers(-1, 3), "batch_tokens": st.integers(-1, 300), "epochs": st.integers(0, 2)},
+        optional={
+            "batch_size": st.integers(-1, 3),
+            "batch_tokens": st.integers(-1, 300),
+            "epochs": st.integers(0, 2),
+        },
     ),
     length=st.integers(0, 60),
     loss_on=st.sampled_from(["response", "all", "prompt"]),
@@ -203,10 +245,14 @@ def test_any_records_and_options_train_or_say_why_not(tiny_lora, records, size, 
     rows = [dict(zip(names, texts, strict=True)) for texts in records]
     before = weights_of(tiny_lora)
     try:
-        history = gl.fit(tiny_lora, rows, sequence_length=length, loss_on=loss_on, **size, verbose=0)
+        history = gl.fit(
+            tiny_lora, rows, sequence_length=length, loss_on=loss_on, **size, verbose=0
+        )
     except ValueError as error:
         assert re.search(r"Received|Record \d|no records|none leaves room", str(error)), error
-        assert all(np.array_equal(value, before[path]) for path, value in weights_of(tiny_lora).items())
+        assert all(
+            np.array_equal(value, before[path]) for path, value in weights_of(tiny_lora).items()
+        )
         return
     assert all(np.isfinite(loss) for loss in history.history["loss"])
     assert len(history.history["loss"]) == size.get("epochs", 1)

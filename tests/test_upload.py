@@ -79,7 +79,10 @@ class Hub:
         return [brought for repo, brought in self.server.commits if repo == REPO]
 
     def everything(self) -> list[bytes]:
-        return [*self.server._large.values(), *(one for files in self.versions() for one in files.values())]
+        return [
+            *self.server._large.values(),
+            *(one for files in self.versions() for one in files.values()),
+        ]
 
     def sign_in(self, name: str | None):
         os.environ.pop("HF_TOKEN", None)
@@ -95,7 +98,9 @@ def hub_of_this_process(server: HubServer, monkeypatch, cache: Path):
     monkeypatch.setattr(constants, "ENDPOINT", server.url_for_tokens)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a storage of its own, with a protocol of its own
+    monkeypatch.setattr(
+        constants, "HF_HUB_DISABLE_XET", True
+    )  # a storage of its own, with a protocol of its own
     try:
         yield
     finally:
@@ -143,10 +148,28 @@ def preset(folder: Path) -> Path:
 
 def transformers(folder: Path) -> Path:
     config = {"architectures": ["GemmaForCausalLM"], "vocab_size": 256000}
-    names = ("generation_config.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-    put(folder, {"config.json": json.dumps(config), "README.md": CARD, "LICENSE": "Terms", "NOTICE.txt": "Gemma is"})
+    names = (
+        "generation_config.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    )
     put(
-        folder, {**dict.fromkeys(names, "{}"), "tokenizer.model": bytes(range(256)), "chat_template.jinja": "{{ bos }}"}
+        folder,
+        {
+            "config.json": json.dumps(config),
+            "README.md": CARD,
+            "LICENSE": "Terms",
+            "NOTICE.txt": "Gemma is",
+        },
+    )
+    put(
+        folder,
+        {
+            **dict.fromkeys(names, "{}"),
+            "tokenizer.model": bytes(range(256)),
+            "chat_template.jinja": "{{ bos }}",
+        },
     )
     save_file(TENSOR, folder / "model-00001-of-00002.safetensors")
     save_file(TENSOR, folder / "model[1].safetensors")
@@ -154,16 +177,31 @@ def transformers(folder: Path) -> Path:
 
 
 def peft(folder: Path) -> Path:
-    put(folder, {"adapter_config.json": json.dumps({"base_model_name_or_path": "google/gemma-2b"}), "README.md": CARD})
+    put(
+        folder,
+        {
+            "adapter_config.json": json.dumps({"base_model_name_or_path": "google/gemma-2b"}),
+            "README.md": CARD,
+        },
+    )
     save_file(TENSOR, folder / "adapter_model.safetensors")
     return folder
 
 
-KINDS = {"an adapter": adapter, "a preset": preset, "for Transformers": transformers, "for PEFT": peft}
+KINDS = {
+    "an adapter": adapter,
+    "a preset": preset,
+    "for Transformers": transformers,
+    "for PEFT": peft,
+}
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def refused(folder, uri, **options) -> AccessError:
@@ -210,7 +248,9 @@ def test_a_model_that_was_sent_is_loaded_from_there(site, tmp_path):
         site.server.presets["trips_v1.0"] = put(tmp_path / "served", site.versions()[0])
     model = keras_hub.models.CausalLM.from_preset(URI[site.site], dtype="float32")
     expected = gl.load().get_weights()
-    assert all(np.array_equal(one, other) for one, other in zip(model.get_weights(), expected, strict=True))
+    assert all(
+        np.array_equal(one, other) for one, other in zip(model.get_weights(), expected, strict=True)
+    )
 
 
 def test_a_second_time_makes_a_new_version(site, tmp_path):
@@ -220,7 +260,9 @@ def test_a_second_time_makes_a_new_version(site, tmp_path):
     gl.upload(folder, URI[site.site])
     first, second = site.versions()
     assert (
-        first["adapter.safetensors"] != second["adapter.safetensors"] == (folder / "adapter.safetensors").read_bytes()
+        first["adapter.safetensors"]
+        != second["adapter.safetensors"]
+        == (folder / "adapter.safetensors").read_bytes()
     )
     if site.site == "hf":
         assert second.keys() == {"adapter.safetensors"}  # what is there already is not sent again
@@ -284,13 +326,33 @@ def with_a_token(folder):
     [
         (lambda folder: None, FileNotFoundError, "There is no folder"),
         (lambda folder: folder.mkdir(), ValueError, "no weights"),
-        (lambda folder: put(folder, {"README.md": CARD, "adapter.json": "{}"}), ValueError, "no weights"),
-        (lambda folder: put(folder, {"optimizer.pt": "1", "README.md": CARD}), ValueError, "no weights"),
+        (
+            lambda folder: put(folder, {"README.md": CARD, "adapter.json": "{}"}),
+            ValueError,
+            "no weights",
+        ),
+        (
+            lambda folder: put(folder, {"optimizer.pt": "1", "README.md": CARD}),
+            ValueError,
+            "no weights",
+        ),
         (without_card, ValueError, r"card=gl\.model_card\(model\)"),
         (with_a_token, ValueError, "config.json holds a token"),
-        (lambda folder: put(adapter(folder), {"adapter.json": "{"}), ValueError, "adapter.json cannot be read"),
-        (lambda folder: put(adapter(folder), {"adapter.json": '{"base": 3}'}), ValueError, "cannot be read"),
-        (lambda folder: put(adapter(folder), {"config.json": '{"config": null}'}), ValueError, "cannot be read"),
+        (
+            lambda folder: put(adapter(folder), {"adapter.json": "{"}),
+            ValueError,
+            "adapter.json cannot be read",
+        ),
+        (
+            lambda folder: put(adapter(folder), {"adapter.json": '{"base": 3}'}),
+            ValueError,
+            "cannot be read",
+        ),
+        (
+            lambda folder: put(adapter(folder), {"config.json": '{"config": null}'}),
+            ValueError,
+            "cannot be read",
+        ),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(site, tmp_path, make, error, words, dry_run):
@@ -325,7 +387,9 @@ def test_a_link_to_elsewhere_is_not_followed(tmp_path):
 def test_card_and_upload_agree_on_the_licence_of_an_adapter_for_peft(tiny_tuned, tmp_path):
     gl.export_peft(tiny_tuned, tmp_path)
     assert "license: apache-2.0" in (tmp_path / "README.md").read_text()
-    assert gl.upload(tmp_path, "hf://ada/mine", dry_run=True).licence.startswith("Licence: Apache-2.0")
+    assert gl.upload(tmp_path, "hf://ada/mine", dry_run=True).licence.startswith(
+        "Licence: Apache-2.0"
+    )
 
 
 def test_a_dry_run_needs_no_credentials_and_writes_nothing(site, tmp_path):
@@ -346,7 +410,9 @@ def test_who_may_not_send_is_told_why(site, tmp_path, user):
     site.sign_in(user)
     error = refused(folder, URI[site.site])
     assert error.reason == ("consent" if user == "eve" else "credentials")
-    words = {None: "none was found", "nobody": "does not accept", "eve": "write to 'ada' (403)"}[user]
+    words = {None: "none was found", "nobody": "does not accept", "eve": "write to 'ada' (403)"}[
+        user
+    ]
     assert words in str(error)
     assert (site.server.requests == []) == (user is None)
     site.sign_in("ada")
@@ -364,7 +430,9 @@ FAULTS = {
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_site_that_fails_on_the_way_is_named_and_then_all_goes_well(site, tmp_path, monkeypatch, fault, after):
+def test_a_site_that_fails_on_the_way_is_named_and_then_all_goes_well(
+    site, tmp_path, monkeypatch, fault, after
+):
     folder = adapter(tmp_path / "model")
     how, reason, words = FAULTS[fault]
     respond = site.server.respond
@@ -376,9 +444,13 @@ def test_a_site_that_fails_on_the_way_is_named_and_then_all_goes_well(site, tmp_
 
     monkeypatch.setattr(site.server, "respond", failing)
     error = refused(folder, URI[site.site])
-    if how in (429, 503) and site.site == "kaggle" and after == 3:  # the client says no more than the number
+    if (
+        how in (429, 503) and site.site == "kaggle" and after == 3
+    ):  # the client says no more than the number
         reason, words = "unknown", str(how)
-    if how in (429, 503) and any("validate-yaml" in what for what, _ in site.server.requests[-1:]):  # nor here that
+    if how in (429, 503) and any(
+        "validate-yaml" in what for what, _ in site.server.requests[-1:]
+    ):  # nor here that
         reason, words = "server", "answers with a page"
     assert error.reason == reason and words in str(error), str(error)
     assert site.versions() == []
@@ -411,7 +483,9 @@ def test_a_file_that_never_arrives_whole_makes_no_version(site, tmp_path):
 
 
 def test_a_login_page_instead_of_the_site_is_named(site, tmp_path, monkeypatch):
-    page = Response(200, {"Content-Type": "text/html"}, b"<!doctype html><title>Please log in</title>")
+    page = Response(
+        200, {"Content-Type": "text/html"}, b"<!doctype html><title>Please log in</title>"
+    )
     monkeypatch.setattr(site.server, "respond", lambda *asked: page)
     error = refused(adapter(tmp_path / "model"), URI[site.site])
     assert error.reason == "server" and "login" in str(error)

@@ -16,7 +16,15 @@ import keras_hub
 import requests
 from sentencepiece import SentencePieceProcessor
 
-from gemma_lora.access.kaggle import THREE_WAYS, check_hub_token, hide, share_colab_secrets, timeouts, used_place, whose
+from gemma_lora.access.kaggle import (
+    THREE_WAYS,
+    check_hub_token,
+    hide,
+    share_colab_secrets,
+    timeouts,
+    used_place,
+    whose,
+)
 
 
 class Source:
@@ -32,20 +40,26 @@ class Source:
         self.preset, (site, _, self.handle) = preset, address.partition("://")
         self.site = site if self.handle and site in ("kaggle", "hf") else ""
         self.host = {"kaggle": "Kaggle", "hf": "The Hugging Face Hub"}.get(self.site, address)
-        root = "https://www.kaggle.com/models" if self.site == "kaggle" else "https://huggingface.co"
+        root = (
+            "https://www.kaggle.com/models" if self.site == "kaggle" else "https://huggingface.co"
+        )
         self.page = "/".join([root, *self.handle.split("/")[:2]])
 
     def file(self, name: str) -> Path:
         """Fetch one file, unless it is in the cache."""
         if self.site == "kaggle":
             return Path(kagglehub.model_download(self.handle, name))
-        huggingface_hub.HfApi().model_info(self.handle, timeout=10)  # a download's own retries go on for minutes
+        huggingface_hub.HfApi().model_info(
+            self.handle, timeout=10
+        )  # a download's own retries go on for minutes
         return Path(huggingface_hub.hf_hub_download(self.handle, name))
 
     def folder(self) -> Path:
         """Where the files are kept once they have been fetched; this asks nobody."""
         if self.site == "kaggle":
-            return Path(kagglehub.cache.get_cached_path(kagglehub.handle.parse_model_handle(self.handle)))
+            return Path(
+                kagglehub.cache.get_cached_path(kagglehub.handle.parse_model_handle(self.handle))
+            )
         known = huggingface_hub.try_to_load_from_cache(self.handle, "config.json")
         return Path(known).parent if isinstance(known, str) else Path("nothing of it is cached")
 
@@ -55,7 +69,9 @@ class Source:
         try:
             parts = {"model.weights.h5"}
             if (folder / "model.weights.json").is_file():
-                names = json.loads((folder / "model.weights.json").read_text())["weight_map"].values()
+                names = json.loads((folder / "model.weights.json").read_text())[
+                    "weight_map"
+                ].values()
                 parts = {part for one in names for part in ([one] if isinstance(one, str) else one)}
             for name in ("config.json", *parts):
                 _READERS[Path(name).suffix](folder / name)
@@ -73,7 +89,10 @@ class Source:
                 except Exception:
                     page = file.read_bytes()[:200].lstrip().startswith(b"<")
                     file.resolve().unlink()
-                    removed.append(file.name + (" (a web page: does the network want a login?)" if page else ""))
+                    removed.append(
+                        file.name
+                        + (" (a web page: does the network want a login?)" if page else "")
+                    )
         return removed
 
 
@@ -114,14 +133,18 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
         try:
             with timeouts():
                 if source.site:
-                    source.file("config.json")  # KerasHub would say of each failure that this file does not exist
+                    source.file(
+                        "config.json"
+                    )  # KerasHub would say of each failure that this file does not exist
                 return load(preset)
         except (MemoryError, TypeError):
             raise
         except Exception as error:
             problem = explain(_cause(error, source), source)
             if problem.reason not in ("disk", "damaged") and source.is_complete():
-                with suppress(FileNotFoundError):  # another part: without a task.json the weights do not come last
+                with suppress(
+                    FileNotFoundError
+                ):  # another part: without a task.json the weights do not come last
                     return load(str(source.folder()))
         if problem.reason not in ("server", "damaged") or attempt == 3:
             raise problem  # here, not above: the client's error would stay with it, and may hold a header
@@ -152,9 +175,18 @@ def explain(error: BaseException, source: Source) -> AccessError:
     responses = [one.response for one in chain if getattr(one, "response", None) is not None]
     status = responses[0].status_code if responses else 0
     kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
-    full = next((one for one in chain if getattr(one, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), None)
+    full = next(
+        (
+            one
+            for one in chain
+            if getattr(one, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ),
+        None,
+    )
     closed = next((one for one in chain if getattr(one, "errno", 0) in _CLOSED), None)
-    said = next((line for line in hide(str(error)).splitlines() if line.strip()), type(error).__name__)
+    said = next(
+        (line for line in hide(str(error)).splitlines() if line.strip()), type(error).__name__
+    )
 
     if status in (401, 403):
         return (_kaggle_refusal if source.site == "kaggle" else _hub_refusal)(status, source)
@@ -162,7 +194,9 @@ def explain(error: BaseException, source: Source) -> AccessError:
         sentence = f"{host} has no model {source.handle!r}, or no such file in it. Is {name!r} spelt right?"
         return AccessError("unknown", sentence)
     if status == 429:
-        sentence = f"{host} gets too many requests from here (429). Wait some minutes, and run this again."
+        sentence = (
+            f"{host} gets too many requests from here (429). Wait some minutes, and run this again."
+        )
         return AccessError("busy", sentence)
     if status >= 500:
         sentence = f"{host} has a fault of its own ({status}). Run this again in some minutes."
@@ -177,12 +211,20 @@ def explain(error: BaseException, source: Source) -> AccessError:
         sentence = f"{name!r} cannot be stored: {closed}. Set KAGGLEHUB_CACHE to a folder that you may write to."
         return AccessError("disk", sentence)
     if kinds & _BROKEN_OFF or "Consistency check failed" in str(error):
-        return AccessError("damaged", f"The download of {name!r} broke off ({said:.120}). Run this again.")
+        return AccessError(
+            "damaged", f"The download of {name!r} broke off ({said:.120}). Run this again."
+        )
     if "OfflineModeIsEnabled" in kinds:
-        sentence = f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it. {_ANYWAY}"
+        sentence = (
+            f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it. {_ANYWAY}"
+        )
         return AccessError("network", sentence)
-    if "TimeoutException" in kinds or any(isinstance(one, requests.Timeout | TimeoutError) for one in chain):
-        sentence = f"{host} did not answer in time. Check the network, and run this again. {_ANYWAY}"
+    if "TimeoutException" in kinds or any(
+        isinstance(one, requests.Timeout | TimeoutError) for one in chain
+    ):
+        sentence = (
+            f"{host} did not answer in time. Check the network, and run this again. {_ANYWAY}"
+        )
         return AccessError("network", sentence)
     if kinds & {"ConnectionError", "TransportError", "LocalEntryNotFoundError"}:
         sentence = (
@@ -195,7 +237,9 @@ def explain(error: BaseException, source: Source) -> AccessError:
     except Exception:  # a cache that is read-only, or gone
         removed = []
     if removed:
-        sentence = f"What was fetched of {name!r} was damaged, and has been deleted: {', '.join(removed)}."
+        sentence = (
+            f"What was fetched of {name!r} was damaged, and has been deleted: {', '.join(removed)}."
+        )
         return AccessError("damaged", f"{sentence} Run this again.")
     shown = [text for one in chain for text in (str(one), repr(one))]
     if any(text != hide(text) for text in shown):  # an answer that holds what was sent
@@ -204,7 +248,12 @@ def explain(error: BaseException, source: Source) -> AccessError:
 
 
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_BROKEN_OFF = {"ChunkedEncodingError", "IncompleteRead", "ContentDecodingError", "RemoteProtocolError"}
+_BROKEN_OFF = {
+    "ChunkedEncodingError",
+    "IncompleteRead",
+    "ContentDecodingError",
+    "RemoteProtocolError",
+}
 _BROKEN_OFF |= {"DataCorruptionError"}
 
 

@@ -33,7 +33,9 @@ def used_place() -> str | None:
     if problem:
         raise ValueError(problem)
     found = list(all_places())
-    if used is None or used.api_key is None:  # its inner client looks again: a token first, and at home last
+    if (
+        used is None or used.api_key is None
+    ):  # its inner client looks again: a token first, and at home last
         inner = [one for one in found if one[1] and (one[1].api_key or used is None)]
         place, used = next(iter(inner), (None, used))
         if place:
@@ -41,7 +43,9 @@ def used_place() -> str | None:
             return place
     if used is None:
         return None
-    place = getattr(used, "gemma_lora_place", None)  # set below, on the credentials that kagglehub then holds
+    place = getattr(
+        used, "gemma_lora_place", None
+    )  # set below, on the credentials that kagglehub then holds
     place = place or next((place for place, one in found if one == used), "an earlier login")
     check_characters(used, place)
     return place
@@ -52,10 +56,15 @@ def held_credentials() -> tuple[KaggleApiCredentials | None, str]:
     try:
         return get_kaggle_credentials(), ""
     except (OSError, TypeError, ValueError) as error:
-        if type(error) is ValueError:  # a kaggle.json that cannot be read; the message holds its path only
+        if (
+            type(error) is ValueError
+        ):  # a kaggle.json that cannot be read; the message holds its path only
             return None, f"{error}. Download it again, or delete it."
         what = "What KAGGLE_API_TOKEN names, or a file in ~/.kaggle (access_token, kaggle.json),"
-        return None, f"{what} is no token and cannot be read ({type(error).__name__}). Create it anew."
+        return (
+            None,
+            f"{what} is no token and cannot be read ({type(error).__name__}). Create it anew.",
+        )
 
 
 def hide(text: str) -> str:
@@ -73,9 +82,17 @@ def secrets() -> list[str]:
     except (OSError, ValueError):
         pairs, hub = [held_credentials()[0]], None
     found = [value for one in pairs if one for value in (one.api_key, one.key)]
-    found += [base64.b64encode(f"{one.username}:{one.key}".encode()).decode() for one in pairs if one and one.key]
+    found += [
+        base64.b64encode(f"{one.username}:{one.key}".encode()).decode()
+        for one in pairs
+        if one and one.key
+    ]
     found += [hub, *map(os.environ.get, ("KAGGLE_API_TOKEN", "KAGGLE_KEY", "HF_TOKEN"))]
-    return sorted({value for value in found if isinstance(value, str) and len(value) > 3}, key=len, reverse=True)
+    return sorted(
+        {value for value in found if isinstance(value, str) and len(value) > 3},
+        key=len,
+        reverse=True,
+    )
 
 
 def check_hub_token() -> None:
@@ -102,15 +119,24 @@ def all_places() -> Iterator[tuple[str, KaggleApiCredentials | None]]:
     if token and os.path.exists(token):  # noqa: PTH110 (unlike Path, it takes a name of any length)
         yield "environment: KAGGLE_API_TOKEN", from_file(Path(token))
     else:
-        yield "environment: KAGGLE_API_TOKEN", KaggleApiCredentials(api_key=token) if token else None
-    yield "file: ~/.kaggle/access_token", from_file(home / "access_token") or from_file(home / "access_token.txt")
+        yield (
+            "environment: KAGGLE_API_TOKEN",
+            KaggleApiCredentials(api_key=token) if token else None,
+        )
+    yield (
+        "file: ~/.kaggle/access_token",
+        from_file(home / "access_token") or from_file(home / "access_token.txt"),
+    )
     pair = KaggleApiCredentials(username=username, key=key) if username and key else None
     yield "environment: KAGGLE_USERNAME and KAGGLE_KEY", pair
     folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or home)
     for name, where in {"kaggle.json": folder, "~/.kaggle/kaggle.json": home}.items():
         if name == "kaggle.json" or where != folder:
             text = from_file(where / "kaggle.json")
-            yield f"file: {name}", read_pair(text.api_key) if text else None  # used_place() says if it cannot be read
+            yield (
+                f"file: {name}",
+                read_pair(text.api_key) if text else None,
+            )  # used_place() says if it cannot be read
 
 
 def read_pair(text: str) -> KaggleApiCredentials | None:
@@ -124,13 +150,23 @@ def read_pair(text: str) -> KaggleApiCredentials | None:
 
 def check_characters(given: KaggleApiCredentials, place: str) -> None:
     """Raise a ValueError, without the value, for what no header can carry: its own error would show the value."""
-    values = {"token": given.api_key} if given.api_key is not None else {"user name": given.username, "key": given.key}
+    values = (
+        {"token": given.api_key}
+        if given.api_key is not None
+        else {"user name": given.username, "key": given.key}
+    )
     for what, value in values.items():
         if not isinstance(value, str) or not value:
-            raise ValueError(f"The {what} in {place} is empty, or no text. Received: {type(value).__name__}")
+            raise ValueError(
+                f"The {what} in {place} is empty, or no text. Received: {type(value).__name__}"
+            )
         bad = next((char for char in value if not "!" <= char <= "~"), None)
         if bad:
-            kind = "a space or line break" if bad.isspace() else "a character outside ASCII, or a control character"
+            kind = (
+                "a space or line break"
+                if bad.isspace()
+                else "a character outside ASCII, or a control character"
+            )
             raise ValueError(f"The {what} in {place} holds {kind}; none has. Copy it again.")
 
 
@@ -156,7 +192,11 @@ class Login:
     def __repr__(self) -> str:
         if self.place is None:
             return f"No credentials for Kaggle.\n{THREE_WAYS}"
-        whose = f"of the user {self.user!r}" if self.user else "whose user Kaggle did not confirm: gl.check() says why"
+        whose = (
+            f"of the user {self.user!r}"
+            if self.user
+            else "whose user Kaggle did not confirm: gl.check() says why"
+        )
         return f"Kaggle credentials {whose}, found in: {self.place}"
 
 
@@ -190,7 +230,9 @@ def kaggle_login(
         FileExistsError: `store`, and there is a file already.
     """
     if (username is None) != (key is None) or (token is not None and key is not None):
-        raise ValueError("Give a token, or a username and a key. Received: another choice of the three.")
+        raise ValueError(
+            "Give a token, or a username and a key. Received: another choice of the three."
+        )
     place = "the arguments" if token is not None or key is not None else None
     pair = KaggleApiCredentials(username=username, key=key, api_key=token)
     given = _from_text(token) if isinstance(token, str) else pair
@@ -212,11 +254,16 @@ def find_credentials() -> Table:
     refused = share_colab_secrets()
     used, rows = used_place(), []
     for place, found in all_places():
-        rows.append({"place": place, "found": "yes" if place == used else _NOT_USED if found else "no"})
+        rows.append(
+            {"place": place, "found": "yes" if place == used else _NOT_USED if found else "no"}
+        )
     if used and used not in [row["place"] for row in rows]:
         rows.insert(0, {"place": used, "found": "yes"})
     refused = {f"Colab secret {name}": reason for name, reason in refused.items()}
-    return Table(rows + [{"place": place, "found": reason} for place, reason in refused.items() if place != used])
+    return Table(
+        rows
+        + [{"place": place, "found": reason} for place, reason in refused.items() if place != used]
+    )
 
 
 def whose() -> str | None:
@@ -235,7 +282,9 @@ def share_colab_secrets() -> dict[str, str]:
     """
     if "COLAB_RELEASE_TAG" not in os.environ:
         return {}
-    if any(found for _, found in all_places()):  # they come first, also where the secrets were used before
+    if any(
+        found for _, found in all_places()
+    ):  # they come first, also where the secrets were used before
         if getattr(held_credentials()[0], "gemma_lora_place", "").startswith("Colab"):
             clear_kaggle_credentials()
         return {}
@@ -252,16 +301,31 @@ def share_colab_secrets() -> dict[str, str]:
     found, refused = {}, {}
     for name in NAMES:
         try:
-            found[name] = userdata.get(name).replace("\r", "").replace("\n", "").strip()  # as the client does
+            found[name] = (
+                userdata.get(name).replace("\r", "").replace("\n", "").strip()
+            )  # as the client does
         except Exception as error:  # Colab's own three, or a process that has no page to ask
-            refused[name] = reasons.get(type(error), "could not be asked for: that takes a notebook's page")
+            refused[name] = reasons.get(
+                type(error), "could not be asked for: that takes a notebook's page"
+            )
     token, username, key = map(found.get, NAMES)
     if not token and not (username and key):
         return refused
-    secret = KaggleApiCredentials(api_key=token) if token else KaggleApiCredentials(username=username, key=key)
+    secret = (
+        KaggleApiCredentials(api_key=token)
+        if token
+        else KaggleApiCredentials(username=username, key=key)
+    )
     held, _ = held_credentials()
-    if held in (None, secret) or getattr(held, "gemma_lora_place", "").startswith("Colab"):  # else: a login came first
-        _use(secret, "Colab secret KAGGLE_API_TOKEN" if token else "Colab secrets KAGGLE_USERNAME and KAGGLE_KEY")
+    if held in (None, secret) or getattr(held, "gemma_lora_place", "").startswith(
+        "Colab"
+    ):  # else: a login came first
+        _use(
+            secret,
+            "Colab secret KAGGLE_API_TOKEN"
+            if token
+            else "Colab secrets KAGGLE_USERNAME and KAGGLE_KEY",
+        )
     return refused
 
 
@@ -313,22 +377,33 @@ def _use(given: KaggleApiCredentials, place: str) -> None:
 def _ask() -> str | None:
     """Ask for a token, hidden; None where nobody can be asked."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel") and (getattr(sys.stdin, "closed", True) or not sys.stdin.isatty()):
+    if not hasattr(shell, "kernel") and (
+        getattr(sys.stdin, "closed", True) or not sys.stdin.isatty()
+    ):
         return None
     try:
-        return getpass.getpass("Kaggle API token (hidden while you type; Enter to go on without): ").strip()
-    except (EOFError, RuntimeError):  # a notebook that runs with no page to ask: StdinNotImplementedError
+        return getpass.getpass(
+            "Kaggle API token (hidden while you type; Enter to go on without): "
+        ).strip()
+    except (
+        EOFError,
+        RuntimeError,
+    ):  # a notebook that runs with no page to ask: StdinNotImplementedError
         return None
 
 
 def _store(given: KaggleApiCredentials, login: Login) -> None:
     if login.user is None:
-        raise PermissionError("Kaggle did not confirm these credentials, so nothing was stored. gl.check() says why.")
+        raise PermissionError(
+            "Kaggle did not confirm these credentials, so nothing was stored. gl.check() says why."
+        )
     path = Path.home() / ".kaggle" / "access_token"
     if given.api_key is None:
         path = Path(os.environ.get("KAGGLE_CONFIG_DIR") or path.parent) / "kaggle.json"
     if path.exists():
-        raise FileExistsError(f"There is a file {path} already, and it was left as it is. Delete it to store these.")
+        raise FileExistsError(
+            f"There is a file {path} already, and it was left as it is. Delete it to store these."
+        )
     path.parent.mkdir(mode=0o700, exist_ok=True)
     pair = json.dumps({"username": given.username, "key": given.key})
     try:

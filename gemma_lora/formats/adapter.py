@@ -44,13 +44,22 @@ def save_adapter(model, folder: str | Path) -> Path:
     """
     state = state_of(model)
     if state.lora is None:
-        raise ValueError("The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first.")
+        raise ValueError(
+            "The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first."
+        )
     folder = Path(folder).expanduser()
-    tensors = save({name: np.asarray(weight.value, dtype="float32") for name, weight in _tensors(model).items()})
+    tensors = save(
+        {
+            name: np.asarray(weight.value, dtype="float32")
+            for name, weight in _tensors(model).items()
+        }
+    )
     about = {"format": FORMAT, **card.about(model)}
     about |= {"rank": state.lora.rank, "alpha": state.lora.alpha, "targets": [*state.lora.targets]}
     about["seed"] = state.lora.seed
-    about["versions"] = {name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")}
+    about["versions"] = {
+        name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")
+    }
     text = json.dumps(about | {"checksum": _checksum(about, tensors)}, indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     _replace({folder / "adapter.safetensors": tensors, folder / "adapter.json": text.encode()})
@@ -79,7 +88,9 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
             it was.
     """
     if "://" in str(source):
-        raise FileNotFoundError(f"{source} is an address: download it, and pass the folder that it is in then.")
+        raise FileNotFoundError(
+            f"{source} is an address: download it, and pass the folder that it is in then."
+        )
     state, source = state_of(model), Path(source).expanduser()
     if source.suffix == ".h5":
         about, tensors = _read(source, lambda: _read_keras(model, source))
@@ -92,7 +103,11 @@ def load_adapter(model, source: str | Path, *, targets=None, force: bool = False
     _check_fits(model, source, about, tensors)
     _check_base(model, source, about, force)
     lora = state.lora
-    if lora and (lora.rank, lora.alpha, lora.targets) != (about["rank"], about["alpha"], about["targets"]):
+    if lora and (lora.rank, lora.alpha, lora.targets) != (
+        about["rank"],
+        about["alpha"],
+        about["targets"],
+    ):
         lora = None
     if lora is None:
         detach(model)
@@ -119,19 +134,28 @@ def _read(source: Path, read: Callable) -> tuple[dict, dict]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"The adapter in {source} cannot be read: {error}. Copy or save it again.") from error
+        raise ValueError(
+            f"The adapter in {source} cannot be read: {error}. Copy or save it again."
+        ) from error
 
 
 def _read_own(folder: Path) -> tuple[dict, dict]:
-    old = [folder / f"adapter.safetensors{_OLD}"] * (folder / f"adapter.safetensors{_OLD}").is_file()
+    old = [folder / f"adapter.safetensors{_OLD}"] * (
+        folder / f"adapter.safetensors{_OLD}"
+    ).is_file()
     for name in ("adapter.json", "adapter.safetensors"):
         if not (folder / name).is_file() and not (old and name == "adapter.safetensors"):
             raise FileNotFoundError(f"The folder {folder} holds no adapter: it has no {name}.")
     about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
     if about["format"] != FORMAT:
-        raise ValueError(f"its format is {about['format']!r}, and this version of gemma_lora reads {FORMAT}")
+        raise ValueError(
+            f"its format is {about['format']!r}, and this version of gemma_lora reads {FORMAT}"
+        )
     checksum = about.pop("checksum")
-    for path in (folder / "adapter.safetensors", *old):  # the old ones: of a process that ended while it replaced them
+    for path in (
+        folder / "adapter.safetensors",
+        *old,
+    ):  # the old ones: of a process that ended while it replaced them
         if path.is_file() and _checksum(about, tensors := path.read_bytes()) == checksum:
             return about, load(tensors)
     raise ValueError("it was cut or altered after it was saved (its checksum differs)")
@@ -140,7 +164,9 @@ def _read_own(folder: Path) -> tuple[dict, dict]:
 def _read_keras(model, path: Path) -> tuple[dict, dict]:
     """Keras numbers the layers with weights, and says neither their names nor alpha, which is the rank there."""
     paths = {id(layer): path for path, layer in linear_layers(model).items()}
-    numbered = [layer for layer in model.backbone._flatten_layers(include_self=False) if layer.weights]
+    numbered = [
+        layer for layer in model.backbone._flatten_layers(include_self=False) if layer.weights
+    ]
     numbered = {str(i): paths[id(layer)] for i, layer in enumerate(numbered) if id(layer) in paths}
     with h5py.File(path) as file:
         lora = file["lora"]
@@ -151,31 +177,50 @@ def _read_keras(model, path: Path) -> tuple[dict, dict]:
                 for part in "ab":
                     tensors[f"{layer}/{part}"] = lora[number]["vars"][f"lora_kernel_{part}"][()]
     found = sorted({name.split("/")[-2] for name in tensors if "/" in name[:-2]})
-    return {"rank": rank, "alpha": float(rank), "targets": found, "seed": None, "run": None}, tensors
+    return {
+        "rank": rank,
+        "alpha": float(rank),
+        "targets": found,
+        "seed": None,
+        "run": None,
+    }, tensors
 
 
 def _check_targets(model, source: Path, about: dict, targets) -> None:
     """The layers that it is for are of this model, and those that were asked for; then in the model's own order."""
     present = target_names(model)
     if not about["targets"] or {*about["targets"]} - {*present}:
-        raise ValueError(f"The adapter in {source} is for layers {about['targets']}; this model has {present}.")
+        raise ValueError(
+            f"The adapter in {source} is for layers {about['targets']}; this model has {present}."
+        )
     names = resolve_targets(targets or about["targets"], present)
     if set(about["targets"]) != {*names}:
-        raise ValueError(f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with.")
+        raise ValueError(
+            f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with."
+        )
     about["targets"] = names
 
 
 def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
     """Every tensor where this model has a place for it, of its shape, with numbers in it."""
     rank, alpha, expected = about["rank"], about["alpha"], {}
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, float) or not 0 < alpha < math.inf:
-        raise ValueError(f"The adapter in {source} has no usable rank and alpha: {rank!r}, {alpha!r}.")
+    if (
+        type(rank) is not int
+        or rank < 1
+        or not isinstance(alpha, float)
+        or not 0 < alpha < math.inf
+    ):
+        raise ValueError(
+            f"The adapter in {source} has no usable rank and alpha: {rank!r}, {alpha!r}."
+        )
     for path, layer in linear_layers(model).items():
         if layer.name in about["targets"]:
             shape = kernel_shape(layer)
             expected[f"{path}/a"], expected[f"{path}/b"] = (*shape[:-1], rank), (rank, shape[-1])
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    if wrong := [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]:
+    if wrong := [
+        name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)
+    ]:
         base = about.get("base")
         raise ValueError(
             f"The adapter in {source} does not fit this model, {card.base_name(model)!r}. For instance {wrong[0]!r}: "
@@ -183,14 +228,20 @@ def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
             + (f" It was made for {base!r}: gl.load({base!r})." if base else "")
         )
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise ValueError(f"The adapter in {source} holds values that are no numbers, for instance in {broken[0]!r}.")
+        raise ValueError(
+            f"The adapter in {source} holds values that are no numbers, for instance in {broken[0]!r}."
+        )
 
 
 def _check_base(model, source: Path, about: dict, force: bool) -> None:
     """The base that it was made for, where it says which: only `force` takes other weights."""
     merged, base = bool(state_of(model).merges), about.get("base")
-    differs = [name for name, own in fingerprints(model).items() if name in about and about[name] != own]
-    if (differs == [] and ("weights" in about or not merged)) or (force and differs in ([], ["weights"])):
+    differs = [
+        name for name, own in fingerprints(model).items() if name in about and about[name] != own
+    ]
+    if (differs == [] and ("weights" in about or not merged)) or (
+        force and differs in ([], ["weights"])
+    ):
         return
     if merged and not about.get("merged"):
         raise ValueError(
@@ -200,7 +251,9 @@ def _check_base(model, source: Path, about: dict, force: bool) -> None:
     text = f"The adapter in {source} was made for {base!r}"
     text += ", with another adapter merged into it" if about.get("merged") else ""
     text += f"; this model, {card.base_name(model)!r}, has other {' and '.join(differs)}. "
-    text += "Load that merged model." if about.get("merged") else f"Load its base, gl.load({base!r})."
+    text += (
+        "Load that merged model." if about.get("merged") else f"Load its base, gl.load({base!r})."
+    )
     if differs == ["weights"]:
         text += " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."
     raise ValueError(text)
@@ -213,7 +266,11 @@ def _checksum(about: dict, tensors: bytes) -> str:
 def _tensors(model) -> dict:
     """The adapters' weights by the name that they have in a file."""
     layers = lora_layers(model).items()
-    return {f"{path}/{part}": getattr(layer, f"lora_kernel_{part}") for path, layer in layers for part in "ab"}
+    return {
+        f"{path}/{part}": getattr(layer, f"lora_kernel_{part}")
+        for path, layer in layers
+        for part in "ab"
+    }
 
 
 def _replace(contents: dict[Path, bytes]) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from gemma_lora.lora import fingerprints
 from gemma_lora.models import TINY_VOCABULARY, state_of
 
-_MARK = "<!-- written by gemma_lora, {} -->"  # with a sum of the rest: what was edited is the user's
+_MARK = (
+    "<!-- written by gemma_lora, {} -->"  # with a sum of the rest: what was edited is the user's
+)
 _LOAD = {
     "adapter": 'model = gl.load({base!r})\ngl.load_adapter(model, "this-folder")',
     "transformers": 'model = transformers.AutoModelForCausalLM.from_pretrained("this-folder")',
@@ -16,7 +18,12 @@ _LOAD = {
     'model = peft.PeftModel.from_pretrained(base, "this-folder")',
     "keras": 'model = gl.load("this-folder")',
 }
-_LIBRARY = {"adapter": "keras-hub", "transformers": "transformers", "peft": "peft", "keras": "keras-hub"}
+_LIBRARY = {
+    "adapter": "keras-hub",
+    "transformers": "transformers",
+    "peft": "peft",
+    "keras": "keras-hub",
+}
 _IMPORTS = {"transformers": "import transformers", "peft": "import peft\nimport transformers"}
 
 
@@ -29,10 +36,23 @@ def model_card(model, *, kind: str = "keras") -> str:
     """
     state = state_of(model)
     base, merge, run = base_name(model), state.merges[-1] if state.merges else None, state.run
-    lora, tiny = state.lora or (merge and merge.lora), model.backbone.vocabulary_size == TINY_VOCABULARY
+    lora, tiny = (
+        state.lora or (merge and merge.lora),
+        model.backbone.vocabulary_size == TINY_VOCABULARY,
+    )
     head = {"license": "apache-2.0" if tiny else "gemma", "library_name": _LIBRARY[kind]}
-    lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "pipeline_tag: text-generation"]
-    lines += ["tags: [gemma, lora]", "---", "", f"# {base}" + (", tuned with LoRA" if lora or run else ""), ""]
+    lines = [
+        "---",
+        *(f"{key}: {value}" for key, value in head.items()),
+        "pipeline_tag: text-generation",
+    ]
+    lines += [
+        "tags: [gemma, lora]",
+        "---",
+        "",
+        f"# {base}" + (", tuned with LoRA" if lora or run else ""),
+        "",
+    ]
     load = _IMPORTS.get(kind, "import gemma_lora as gl"), _LOAD[kind].format(base=base)
     if merge and kind == "adapter":
         first = f"# the base is {base} with another adapter merged into it: save that model, too"
@@ -42,7 +62,9 @@ def model_card(model, *, kind: str = "keras") -> str:
     lines += [f"- Base: `{base}`, {kin}."]
     if lora:
         merged = ", merged into the kernels" if kind == "transformers" or state.lora is None else ""
-        lines += [f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{merged}."]
+        lines += [
+            f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{merged}."
+        ]
     if run:
         lines += [
             f"- Prompt template: `{run['template'].name}`. Other wordings of a prompt fare worse.",
@@ -51,9 +73,13 @@ def model_card(model, *, kind: str = "keras") -> str:
             "- Data: say here where the records are from, and under which licence.",
         ]
     if measured := (run or {}).get("held_out_loss"):
-        lines += [f"- Held-out loss per token: {measured['base']:.4f} before, {measured['tuned']:.4f} after."]
+        lines += [
+            f"- Held-out loss per token: {measured['base']:.4f} before, {measured['tuned']:.4f} after."
+        ]
     lines += ["", "## Use and limits", ""]
-    lines += ["Made to learn and to try out. Answers can be wrong, also where they sound sure; check them before use."]
+    lines += [
+        "Made to learn and to try out. Answers can be wrong, also where they sound sure; check them before use."
+    ]
     lines += ["It answers in the manner of its training records, and was measured on nothing else."]
     lines += ["", "## Licence", ""]
     if tiny:
@@ -70,7 +96,12 @@ def about(model) -> dict:
     """What an adapter belongs to, in JSON's types: its base, with fingerprints, and the record of its training."""
     state = state_of(model)
     run = None if state.run is None else state.run | {"template": vars(state.run["template"])}
-    found = {"base": base_name(model), "merged": bool(state.merges), **fingerprints(model), "run": run}
+    found = {
+        "base": base_name(model),
+        "merged": bool(state.merges),
+        **fingerprints(model),
+        "run": run,
+    }
     return json.loads(json.dumps(found, default=float))
 
 

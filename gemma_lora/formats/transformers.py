@@ -40,19 +40,44 @@ def transformers_config(model) -> dict:
     backbone, tokenizer = model.backbone, tokenizer_of(model)
     blocks = backbone.transformer_layers
     attention, kind = blocks[0].attention, type(backbone).__name__
-    if kind not in ("GemmaBackbone", "Gemma3Backbone") or getattr(backbone, "vision_encoder", None) is not None:
-        raise ValueError(f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {kind}")
-    if quantized := [path for path, layer in linear_layers(model).items() if layer.quantization_mode]:
-        raise ValueError(f"{quantized[0]} is quantized. Load the base in bfloat16 or float32, and export that.")
+    if (
+        kind not in ("GemmaBackbone", "Gemma3Backbone")
+        or getattr(backbone, "vision_encoder", None) is not None
+    ):
+        raise ValueError(
+            f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {kind}"
+        )
+    if quantized := [
+        path for path, layer in linear_layers(model).items() if layer.quantization_mode
+    ]:
+        raise ValueError(
+            f"{quantized[0]} is quantized. Load the base in bfloat16 or float32, and export that."
+        )
     if not getattr(backbone.token_embedding, "tie_weights", True):
-        raise ValueError("The output has weights of its own; Gemmas in Transformers share those of the embedding.")
-    norms = [bool(getattr(blocks[0], name, False)) for name in ("use_post_attention_norm", "use_post_ffw_norm")]
-    capped = getattr(attention, "logit_soft_cap", None), getattr(backbone, "final_logit_soft_cap", None)
+        raise ValueError(
+            "The output has weights of its own; Gemmas in Transformers share those of the embedding."
+        )
+    norms = [
+        bool(getattr(blocks[0], name, False))
+        for name in ("use_post_attention_norm", "use_post_ffw_norm")
+    ]
+    capped = (
+        getattr(attention, "logit_soft_cap", None),
+        getattr(backbone, "final_logit_soft_cap", None),
+    )
     name = "gemma3_text" if kind == "Gemma3Backbone" else "gemma2" if all(norms) else "gemma"
-    if all(norms) == (name == "gemma") or any(norms) != all(norms) or (name == "gemma" and any(capped)):
-        raise ValueError(f"Transformers has no Gemma with these norms and soft caps: {norms}, {capped}.")
+    if (
+        all(norms) == (name == "gemma")
+        or any(norms) != all(norms)
+        or (name == "gemma" and any(capped))
+    ):
+        raise ValueError(
+            f"Transformers has no Gemma with these norms and soft caps: {norms}, {capped}."
+        )
     config = {
-        "architectures": [{"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[name] + "ForCausalLM"],
+        "architectures": [
+            {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[name] + "ForCausalLM"
+        ],
         "model_type": name,
         "vocab_size": backbone.vocabulary_size,
         "num_hidden_layers": len(blocks),
@@ -76,7 +101,11 @@ def transformers_config(model) -> dict:
     if name == "gemma":
         return config
     windows = [block.attention.use_sliding_window_attention for block in blocks]
-    scale = backbone.head_dim if attention.query_head_dim_normalize else backbone.hidden_dim // backbone.num_query_heads
+    scale = (
+        backbone.head_dim
+        if attention.query_head_dim_normalize
+        else backbone.hidden_dim // backbone.num_query_heads
+    )
     config |= {
         "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
         "sliding_window": attention.sliding_window_size,
@@ -88,7 +117,11 @@ def transformers_config(model) -> dict:
         full, ropes = {"rope_type": "default", "rope_theta": 1e6}, {}
         for block, layer_type in zip(blocks, config["layer_types"], strict=True):
             factor = block.attention.rope_scaling_factor
-            rope = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+            rope = (
+                {"rope_type": "default"}
+                if factor == 1
+                else {"rope_type": "linear", "factor": factor}
+            )
             ropes[layer_type] = rope | {"rope_theta": block.attention.rope_wavelength}
         config["rope_parameters"] = {"full_attention": full, "sliding_attention": full} | ropes
     return config
@@ -130,7 +163,10 @@ def _weights(model):
         else:
             norms |= {"post_attention_layernorm": block.pre_ffw_norm}
         if getattr(block.attention, "use_query_key_norm", False):
-            norms |= {"self_attn.q_norm": block.attention.query_norm, "self_attn.k_norm": block.attention.key_norm}
+            norms |= {
+                "self_attn.q_norm": block.attention.query_norm,
+                "self_attn.k_norm": block.attention.key_norm,
+            }
         for name, norm in norms.items():
             yield f"model.layers.{i}.{name}.weight", np.asarray(norm.scale.value)
         for path, layer in layers.items():
@@ -162,11 +198,17 @@ def _write_weights(model, folder: Path) -> None:
                 old.unlink()
         index = {}
         for i, (path, names) in enumerate(parts.items(), 1):
-            target = "model.safetensors" if len(parts) == 1 else f"model-{i:05}-of-{len(parts):05}.safetensors"
+            target = (
+                "model.safetensors"
+                if len(parts) == 1
+                else f"model-{i:05}-of-{len(parts):05}.safetensors"
+            )
             path.replace(folder / target)
             index |= dict.fromkeys(names, target)
         if len(parts) > 1:
-            write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+            write_json(
+                folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index}
+            )
     finally:
         for path in parts:
             path.unlink(missing_ok=True)
@@ -185,7 +227,9 @@ def _write_tokenizer(model, folder: Path) -> None:
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
-            "added_tokens_decoder": {i: {"content": token, "special": True} for i, token in decoder.items()},
+            "added_tokens_decoder": {
+                i: {"content": token, "special": True} for i, token in decoder.items()
+            },
             "chat_template": chat_template(get_template(template_of(model))),
         },
     )
@@ -200,7 +244,9 @@ def chat_template(template: Template) -> str:
     """
     parts = []
     for literal, field, _, _ in Formatter().parse(template.without_context):
-        parts += [json.dumps(literal, ensure_ascii=False)] * bool(literal) + ['message["content"]'] * bool(field)
+        parts += [json.dumps(literal, ensure_ascii=False)] * bool(literal) + [
+            'message["content"]'
+        ] * bool(field)
     return (
         "{{ bos_token }}{% for message in messages %}"
         f'{{% if message["role"] == "assistant" %}}{{{{ message["content"] + {json.dumps(template.end)} }}}}'
@@ -213,7 +259,11 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-_PROMPTS = ("What should I do on a trip to Europe?", "The capital of France is", "1 2 3\n\n\tdéjà vu 🙂 " * 8)
+_PROMPTS = (
+    "What should I do on a trip to Europe?",
+    "The capital of France is",
+    "1 2 3\n\n\tdéjà vu 🙂 " * 8,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -249,7 +299,9 @@ def export_transformers(model, folder: str | Path, *, verify: bool | None = None
     """
     config = transformers_config(model)
     folder = Path(folder).expanduser()
-    if (folder / "config.json").is_file() and MADE_BY not in (folder / "config.json").read_text("utf-8"):
+    if (folder / "config.json").is_file() and MADE_BY not in (folder / "config.json").read_text(
+        "utf-8"
+    ):
         raise ValueError(f"{folder} holds a model that gl did not export. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_model(model, folder, config)
@@ -269,12 +321,17 @@ def _verified(model, folder: Path, verify: bool | None, size: int) -> tuple[str,
     again = "call export_transformers(model, folder, verify=True)"
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
         if verify:
-            raise ValueError(f"To verify an export takes {' and '.join(missing)}: pip install {' '.join(missing)}")
+            raise ValueError(
+                f"To verify an export takes {' and '.join(missing)}: pip install {' '.join(missing)}"
+            )
         return f"Not checked: {' and '.join(missing)} not installed. Install, and {again}.", None
     single = model.backbone.token_embedding.compute_dtype == "float32"
     needed, free = size * (1.3 if single else 2.6), psutil.virtual_memory().available
     if verify is None and needed > free:
-        return f"Not checked: it takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Elsewhere, {again}.", None
+        return (
+            f"Not checked: it takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Elsewhere, {again}.",
+            None,
+        )
     if verify is False:
         return f"Not checked, as asked. To check, {again}.", None
     import torch
@@ -289,28 +346,44 @@ def _verified(model, folder: Path, verify: bool | None, size: int) -> tuple[str,
         if shown:
             bars.enable_progress_bar()
     encode, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(model)
-    differences, shares = [], []  # of a prompt's logits: the largest; and their root mean square, of the logits' own
+    differences, shares = (
+        [],
+        [],
+    )  # of a prompt's logits: the largest; and their root mean square, of the logits' own
     with jax.default_matmul_precision("float32"):  # GPUs and TPUs else round float32 in products
-        answers, end = generate(model, list(_PROMPTS), template=None, max_new_tokens=16), tokenizer.id_of("<eos>")
+        answers, end = (
+            generate(model, list(_PROMPTS), template=None, max_new_tokens=16),
+            tokenizer.id_of("<eos>"),
+        )
     for prompt, answer in zip(_PROMPTS, answers, strict=True):
         ids = tokenizer.prompt(None, prompt)
         if encode(prompt)["input_ids"] != ids:
-            raise RuntimeError(f"Transformers' tokenizer encodes {prompt!r} otherwise, in {folder}.")
+            raise RuntimeError(
+                f"Transformers' tokenizer encodes {prompt!r} otherwise, in {folder}."
+            )
         inputs = np.array([ids])
         with jax.default_matmul_precision("float32"):
-            ours = np.asarray(model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})).astype("float32")
+            ours = np.asarray(
+                model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})
+            ).astype("float32")
         with torch.no_grad():
             theirs = peer(torch.tensor(inputs)).logits.numpy()
-            new = peer.generate(torch.tensor(inputs), max_new_tokens=16, do_sample=False, eos_token_id=end)
+            new = peer.generate(
+                torch.tensor(inputs), max_new_tokens=16, do_sample=False, eos_token_id=end
+            )
         differences.append(float(np.abs(ours - theirs).max()))
         shares.append(float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(ours**2))))
         new = new[0, len(ids) :].tolist()
         if single and tokenizer.decode(new).strip() != answer:
-            raise RuntimeError(f"Transformers answers {prompt!r} otherwise: {tokenizer.decode(new)!r}, not {answer!r}.")
+            raise RuntimeError(
+                f"Transformers answers {prompt!r} otherwise: {tokenizer.decode(new)!r}, not {answer!r}."
+            )
     worst, share = max(differences), max(shares)
     # Half precision alone moved logits by 0.5 to 1.1 %, a wrong config by 9 % and more. NaN is within no limit.
     if not (worst <= 1e-4 if single else share <= 0.05):
-        raise RuntimeError(f"Transformers reads {folder}, but logits differ by {worst:.1e} ({share:.1%} of them).")
+        raise RuntimeError(
+            f"Transformers reads {folder}, but logits differ by {worst:.1e} ({share:.1%} of them)."
+        )
     what = f"the same greedy tokens and logits within {worst:.1e}"
     if not single:
         what = f"logits within {worst:.1e} ({share:.1%} of them), as half precision rounds"

@@ -12,16 +12,27 @@ import requests
 from huggingface_hub.utils import validate_repo_id
 
 from gemma_lora.access.fetch import AccessError, Source, explain
-from gemma_lora.access.kaggle import THREE_WAYS, check_hub_token, hide, share_colab_secrets, timeouts, used_place
+from gemma_lora.access.kaggle import (
+    THREE_WAYS,
+    check_hub_token,
+    hide,
+    share_colab_secrets,
+    timeouts,
+    used_place,
+)
 from gemma_lora.models import TINY, TINY_VOCABULARY
 from gemma_lora.tables import ShowsAsTable, Table
 
 _ADDRESS = r"kaggle://[\w-]+/[\w-]+/\w+/[\w.-]+|hf://[\w.-]+/[\w.-]+"
 _WEIGHTS = (".safetensors", ".h5")
-_SENT = r"[^/]+\.(safetensors|h5|json|model|spm|jinja)|README\.md|(LICENSE|NOTICE)(\.\w+)?|assets/.+"
+_SENT = (
+    r"[^/]+\.(safetensors|h5|json|model|spm|jinja)|README\.md|(LICENSE|NOTICE)(\.\w+)?|assets/.+"
+)
 _NEVER = r"(?i)\..*|.*\.part|(checkpoint|ckpt).*|kaggle\.json|.*(secret|credential).*|(.*[_-])?token\.json"
 _APACHE = f"Licence: Apache-2.0, as it is made from {TINY}, this project's own."
-_GEMMA = "Licence: Gemma's terms go with all that is made from Gemma, https://ai.google.dev/gemma/terms"
+_GEMMA = (
+    "Licence: Gemma's terms go with all that is made from Gemma, https://ai.google.dev/gemma/terms"
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,13 +50,19 @@ class Upload(ShowsAsTable):
         """A row for each file, and their sum."""
         rows = [{"file": name, "bytes": size} for name, size in self.files.items()]
         rows.append({"file": "all", "bytes": sum(self.files.values())})
-        where = f"Sent to {self.url}" if self.sent else f"A dry run, nothing was sent. It would go to {self.url}"
+        where = (
+            f"Sent to {self.url}"
+            if self.sent
+            else f"A dry run, nothing was sent. It would go to {self.url}"
+        )
         lines = [f"{where}, private if it is new.", self.licence]
         lines += [f"Left out: {', '.join(self.left_out)}"] if self.left_out else []
         return Table(rows, caption="\n".join(lines))
 
 
-def upload(folder: str | Path, uri: str, *, dry_run: bool = False, card: str | None = None) -> Upload:
+def upload(
+    folder: str | Path, uri: str, *, dry_run: bool = False, card: str | None = None
+) -> Upload:
     """Send a model's or an adapter's folder to Kaggle or the Hugging Face Hub; a second time, as a new version.
 
     Weights, JSON, the vocabulary, `assets`, README.md and licences are sent. All else in the folder is left out, hidden
@@ -79,18 +96,31 @@ def upload(folder: str | Path, uri: str, *, dry_run: bool = False, card: str | N
     """
     source, folder = _source(uri), Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}. Save a model first: gl.save_adapter(model, folder).")
+        raise FileNotFoundError(
+            f"There is no folder {folder}. Save a model first: gl.save_adapter(model, folder)."
+        )
     files, left_out = _choose(folder)
     if not any(name.endswith(_WEIGHTS) for name in files):
-        raise ValueError(f"The folder {folder} holds no weights (*{', *'.join(_WEIGHTS)}). Found: {[*files] or 'none'}")
+        raise ValueError(
+            f"The folder {folder} holds no weights (*{', *'.join(_WEIGHTS)}). Found: {[*files] or 'none'}"
+        )
     for name in files:
-        if not name.endswith(_WEIGHTS) and hide(text := (folder / name).read_text("latin-1")) != text:
-            raise ValueError(f"{name} holds a token or key that this machine uses. Remove it, and run this again.")
+        if (
+            not name.endswith(_WEIGHTS)
+            and hide(text := (folder / name).read_text("latin-1")) != text
+        ):
+            raise ValueError(
+                f"{name} holds a token or key that this machine uses. Remove it, and run this again."
+            )
     readme = folder / "README.md"
     if not card and not readme.is_file():
-        raise ValueError(f"{folder} has no model card, the file README.md. Pass its text: card=gl.model_card(model).")
+        raise ValueError(
+            f"{folder} has no model card, the file README.md. Pass its text: card=gl.model_card(model)."
+        )
     if card and readme.is_file() and readme.read_bytes() != card.encode():
-        raise ValueError(f"{readme} is another card than `card`, and is not replaced. Delete it, or pass no card.")
+        raise ValueError(
+            f"{readme} is another card than `card`, and is not replaced. Delete it, or pass no card."
+        )
     if card:
         files = dict(sorted({**files, "README.md": len(card.encode())}.items()))
     tiny, url = _is_tiny(folder), "/".join([source.page, *source.handle.split("/")[2:]])
@@ -114,10 +144,14 @@ def upload(folder: str | Path, uri: str, *, dry_run: bool = False, card: str | N
 
 def _source(uri: str) -> Source:
     if not re.fullmatch(_ADDRESS, str(uri)):
-        forms = '"kaggle://OWNER/MODEL/FRAMEWORK/VARIATION", without a version, or "hf://OWNER/NAME"'
+        forms = (
+            '"kaggle://OWNER/MODEL/FRAMEWORK/VARIATION", without a version, or "hf://OWNER/NAME"'
+        )
         raise ValueError(f"An address is {forms}. Received: {uri!r}")
     source = Source(uri)
-    if source.site == "kaggle":  # the clients ask this, too, but late: Kaggle's when all has been sent
+    if (
+        source.site == "kaggle"
+    ):  # the clients ask this, too, but late: Kaggle's when all has been sent
         kagglehub.handle.parse_model_handle(source.handle).framework_enum()
     else:
         validate_repo_id(source.handle)
@@ -142,14 +176,23 @@ def _is_tiny(folder: Path) -> bool:
     about = {}
     for name in ("config.json", "adapter_config.json", "gemma_lora.json", "adapter.json"):
         try:
-            about |= json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+            about |= (
+                json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
+            )
             base = Path(about.get("base_model_name_or_path") or about.get("base") or "")
             inner = about.get("config", {}).get("vocabulary_size")
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / name} cannot be read: {error}. Save or export it again.") from error
+            raise ValueError(
+                f"{folder / name} cannot be read: {error}. Save or export it again."
+            ) from error
     if base.is_absolute():
-        raise ValueError(f"The base is said to be {base}, a folder of this machine. Give a name when you export it.")
-    return TINY_VOCABULARY in (inner, about.get("vocab_size"), about.get("vocabulary_size")) or base.name == TINY
+        raise ValueError(
+            f"The base is said to be {base}, a folder of this machine. Give a name when you export it."
+        )
+    return (
+        TINY_VOCABULARY in (inner, about.get("vocab_size"), about.get("vocabulary_size"))
+        or base.name == TINY
+    )
 
 
 def _check_credentials(source: Source) -> None:
@@ -161,11 +204,15 @@ def _check_credentials(source: Source) -> None:
         found = huggingface_hub.get_token()
         way_out = "Create one with the role write on huggingface.co/settings/tokens, and call huggingface_hub.login()."
     if not found:
-        raise AccessError("credentials", f"To send to {source.host} takes a token, and none was found. {way_out}")
+        raise AccessError(
+            "credentials", f"To send to {source.host} takes a token, and none was found. {way_out}"
+        )
 
 
 def _send(folder: Path, source: Source, result: Upload, license_name: str | None) -> None:
-    if source.site == "kaggle":  # it makes a new model private itself; its list of licences has none for Gemma
+    if (
+        source.site == "kaggle"
+    ):  # it makes a new model private itself; its list of licences has none for Gemma
         patterns = [escape(name) for name in result.left_out]
         kagglehub.model_upload(source.handle, str(folder), license_name, ignore_patterns=patterns)
     else:
@@ -181,13 +228,18 @@ def _explain(error: Exception, source: Source) -> AccessError:
         problem = explain(error, source)
     except Exception:  # it raises what it does not know
         problem = AccessError("unknown", "")
-    if isinstance(error, requests.ConnectionError | requests.Timeout):  # also after an answer such as "no such model"
+    if isinstance(
+        error, requests.ConnectionError | requests.Timeout
+    ):  # also after an answer such as "no such model"
         problem = AccessError("network", "")
     if isinstance(error, json.JSONDecodeError):
         problem = AccessError(
-            "server", f"{host} answers with a page. Is there a login to this network? Run this again."
+            "server",
+            f"{host} answers with a page. Is there a login to this network? Run this again.",
         )
-    said = re.sub(r"\?\S+", "", " ".join(hide(str(error)).split()))  # an address without its signature
+    said = re.sub(
+        r"\?\S+", "", " ".join(hide(str(error)).split())
+    )  # an address without its signature
     sentences = {
         "consent": f"{host} does not let this machine's token write to {owner!r} (403). The owner is your own user "
         "name there, or an organisation in which you may write; on the Hub the token needs the role write.",
@@ -196,4 +248,6 @@ def _explain(error: Exception, source: Source) -> AccessError:
         "unknown": f"{host} did not take {source.handle!r}: {said[:300] or type(error).__name__}",
     }
     reason = {"damaged": "network", "disk": "unknown"}.get(problem.reason, problem.reason)
-    return AccessError(reason, sentences.get(reason) or str(problem).partition(" Without any of this")[0])
+    return AccessError(
+        reason, sentences.get(reason) or str(problem).partition(" Without any of this")[0]
+    )

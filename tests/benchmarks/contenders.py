@@ -45,12 +45,17 @@ def prepare(folder, rows, repeats, geometry, dtype):
     model.export_to_transformers(str(folder / "transformers"))
     ids = [[2, *map(int, np.asarray(tokenizer(text))), 1] for text in texts]
     (folder / "ids.json").write_text(json.dumps(ids))
-    return {"parameters": backbone.count_params(), "median tokens": statistics.median(map(len, ids))}
+    return {
+        "parameters": backbone.count_params(),
+        "median tokens": statistics.median(map(len, ids)),
+    }
 
 
 def real_tokens(folder, length, part):
     """Tokens of these rows without padding: inputs, cut at the sequence length."""
-    return sum(min(len(ids) - 1, length) for ids in json.loads((folder / "ids.json").read_text())[part])
+    return sum(
+        min(len(ids) - 1, length) for ids in json.loads((folder / "ids.json").read_text())[part]
+    )
 
 
 def stock_model(preset, length, dtype="float32"):
@@ -99,14 +104,19 @@ def rates(folder, length, rows, repeats, epoch):
         begin = time.monotonic()
         epoch()
         seconds.append(time.monotonic() - begin)
-    return {"tokens": [real_tokens(folder, length, slice(rows))] * repeats, "seconds": seconds} | peak()
+    return {
+        "tokens": [real_tokens(folder, length, slice(rows))] * repeats,
+        "seconds": seconds,
+    } | peak()
 
 
 def peak():
     """Peak memory of this process in MiB: of the accelerator where there is one, else resident."""
     found = {"peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if "jax" in sys.modules and sys.modules["jax"].default_backend() != "cpu":
-        found["peak MiB"] = sys.modules["jax"].local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+        found["peak MiB"] = (
+            sys.modules["jax"].local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+        )
     elif "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         found["peak MiB"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
     return found
@@ -126,10 +136,18 @@ def ours(folder, rows, repeats, length, loss_on, dtype):
     data = gl.load_records(folder / "texts.jsonl").select(range(rows))
     options = {"template": "recipe", "sequence_length": length, "loss_on": loss_on}
     tokens, ends = int(encode(model, data, **options).lengths.sum()), [time.monotonic()]
-    clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.monotonic()))
-    gl.fit(model, data, epochs=1 + repeats, batch_tokens=1024, callbacks=[clock], verbose=0, **options)
+    clock = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: ends.append(time.monotonic())
+    )
+    gl.fit(
+        model, data, epochs=1 + repeats, batch_tokens=1024, callbacks=[clock], verbose=0, **options
+    )
     first, *seconds = (later - earlier for earlier, later in pairwise(ends))
-    return {"tokens": [tokens] * repeats, "seconds": seconds, "compiling": first - statistics.median(seconds)} | peak()
+    return {
+        "tokens": [tokens] * repeats,
+        "seconds": seconds,
+        "compiling": first - statistics.median(seconds),
+    } | peak()
 
 
 def peft(folder, rows, repeats, length, dtype):
@@ -141,8 +159,12 @@ def peft(folder, rows, repeats, length, dtype):
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder / "transformers", dtype=getattr(torch, dtype)).to(device)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"]))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "transformers", dtype=getattr(torch, dtype)
+    ).to(device)
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    )
     model.train()
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=5e-5, weight_decay=0.01)
@@ -158,9 +180,15 @@ def peft(folder, rows, repeats, length, dtype):
         random.Random(0).shuffle(batches)
         for batch in batches:
             longest = max(map(len, batch))
-            tokens = torch.tensor([row + [0] * (longest - len(row)) for row in batch], device=device)
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device)
-            loss = model(input_ids=tokens, attention_mask=mask, labels=tokens.where(mask == 1, -100)).loss
+            tokens = torch.tensor(
+                [row + [0] * (longest - len(row)) for row in batch], device=device
+            )
+            mask = torch.tensor(
+                [[1] * len(row) + [0] * (longest - len(row)) for row in batch], device=device
+            )
+            loss = model(
+                input_ids=tokens, attention_mask=mask, labels=tokens.where(mask == 1, -100)
+            ).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -189,7 +217,11 @@ def steps(folder, rows, repeats, shape):
     from gemma_lora.models import recommended
 
     ids = np.random.default_rng(0).integers(4, 8000, shape).astype("int32")
-    batch = ({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids, np.ones(ids.shape, "float32"))
+    batch = (
+        {"token_ids": ids, "padding_mask": np.ones_like(ids)},
+        ids,
+        np.ones(ids.shape, "float32"),
+    )
 
     class Same(keras.utils.PyDataset):
         def __len__(self):
@@ -204,7 +236,9 @@ def steps(folder, rows, repeats, shape):
         trainer = trainer_of(model)
         trainer.compile(optimizer=optimizer_for(recommended(model)))
         ends = []
-        start = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda step, logs: ends.append(time.monotonic()))
+        start = keras.callbacks.LambdaCallback(
+            on_train_batch_begin=lambda step, logs: ends.append(time.monotonic())
+        )
 
         def ten_steps():
             ends.clear()
@@ -218,7 +252,9 @@ def steps(folder, rows, repeats, shape):
     all_linear = fit_of("all_linear")
     model = gl.load(folder / "keras")
     gl.enable_lora(model, rank=4)
-    own, frozen = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
+    own, frozen = (
+        [v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)
+    )
 
     def loss_of(own, frozen):
         logits, _ = model.stateless_call(own, frozen, batch[0])
@@ -230,7 +266,9 @@ def steps(folder, rows, repeats, shape):
         slopes = jax.grad(loss_of)(own, frozen)
         first = [0.9 * m + 0.1 * g for m, g in zip(first, slopes, strict=True)]
         second = [0.999 * v + 0.001 * g * g for v, g in zip(second, slopes, strict=True)]
-        own = [w - 5e-5 * m / (jnp.sqrt(v) + 1e-7) for w, m, v in zip(own, first, second, strict=True)]
+        own = [
+            w - 5e-5 * m / (jnp.sqrt(v) + 1e-7) for w, m, v in zip(own, first, second, strict=True)
+        ]
         return own, first, second
 
     state = own, [jnp.zeros_like(v) for v in own], [jnp.zeros_like(v) for v in own]
@@ -263,7 +301,9 @@ def first_step(folder, rows, repeats):
     gl.enable_lora(model, rank=4)
     train, _ = gl.load_tiny_world()
     begin, ends = time.monotonic(), []
-    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: ends.append(time.monotonic()))
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: ends.append(time.monotonic())
+    )
     gl.fit(model, train.select(range(8)), callbacks=[clock], verbose=0)
     return {"from fit": ends[0] - begin, "from the start": ends[0] - start}
 
@@ -278,7 +318,9 @@ def scale(folder, rows, repeats):
     model = gl.load("tiny_gemma_en")
     gl.enable_lora(model, rank=4)
     data, ends = gl.load_records(folder / "texts.jsonl").select(range(rows)), [time.monotonic()]
-    clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.monotonic()))
+    clock = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: ends.append(time.monotonic())
+    )
     from gemma_lora.tokens import encode
 
     tokens = int(encode(model, data).lengths.sum())
@@ -298,13 +340,20 @@ def tiny_recipe(folder, rows, repeats):
     train, held_out = gl.load_tiny_world()
     model = stock_model(TINY_FOLDER, 256)
     ends = [time.monotonic()]
-    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: ends.append(time.monotonic()))
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: ends.append(time.monotonic())
+    )
     texts = [gl.TEMPLATES["recipe"].prompt(row) + row["response"] for row in train]
     model.fit(texts, batch_size=1, callbacks=[clock], verbose=0)
     step = statistics.median(later - earlier for earlier, later in pairwise(ends))
     whole = ends[-1] - ends[0]
     loss = gl.evaluate(model, held_out, template="recipe", answers=False).loss
-    return {"loss": loss, "with compiling": whole, "seconds": whole - (ends[1] - ends[0]) + step, "steps": len(train)}
+    return {
+        "loss": loss,
+        "with compiling": whole,
+        "seconds": whole - (ends[1] - ends[0]) + step,
+        "steps": len(train),
+    }
 
 
 def tiny_ours(folder, rows, repeats, target):

@@ -34,10 +34,15 @@ def measure(seed: int, lora: dict) -> dict:
     prose = corpus(documents=200, seed=1)
     gl.setup(seed=seed)
     model = gl.load("tiny_gemma_en")
-    before = {"share": gl.evaluate(model, held_out).share(*EXACT), "prose": gl.perplexity(model, prose)}
+    before = {
+        "share": gl.evaluate(model, held_out).share(*EXACT),
+        "prose": gl.perplexity(model, prose),
+    }
     summary = gl.enable_lora(model, **lora)
     ends = [time.monotonic()]
-    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: ends.append(time.monotonic()))
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: ends.append(time.monotonic())
+    )
     gl.fit(model, train, callbacks=[clock], verbose=0)
     steps = sorted(later - earlier for earlier, later in pairwise(ends))
     after = gl.evaluate(model, held_out)

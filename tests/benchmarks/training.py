@@ -30,15 +30,28 @@ SMALL = {"num_layers": 6, "num_query_heads": 4, "num_key_value_heads": 1, "head_
 SMALL |= {"hidden_dim": 256, "intermediate_dim": 2048, "vocabulary_size": 8_000}
 GEMMA_2B = {"num_layers": 18, "num_query_heads": 8, "num_key_value_heads": 1, "head_dim": 256}
 GEMMA_2B |= {"hidden_dim": 2048, "intermediate_dim": 32768, "vocabulary_size": 256_000}
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12, "T4": 65e12}  # bfloat16 FLOP/s, without sparsity
+PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "T4": 65e12,
+}  # bfloat16 FLOP/s, without sparsity
 
 
 def measure(what: str, folder: Path, environment: dict | None = None, **options) -> dict:
     """Run a function of contenders.py in a process of its own, and wait for it."""
     print(f"{what} {options} …", flush=True)
-    fresh = {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(dir=folder)}  # else a run before has compiled for it
+    fresh = {
+        "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(dir=folder)
+    }  # else a run before has compiled for it
     environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, **fresh, **(environment or {})}
-    command = [sys.executable, HERE / "contenders.py", what, json.dumps({"folder": str(folder), **options})]
+    command = [
+        sys.executable,
+        HERE / "contenders.py",
+        what,
+        json.dumps({"folder": str(folder), **options}),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"{what} {options} failed: {done.stderr[-3000:]}")
@@ -47,7 +60,9 @@ def measure(what: str, folder: Path, environment: dict | None = None, **options)
     return options | found
 
 
-def speeds(folder: Path, rows: int, repeats: int, lengths: tuple[int, ...], dtypes: tuple[str, ...]) -> dict:
+def speeds(
+    folder: Path, rows: int, repeats: int, lengths: tuple[int, ...], dtypes: tuple[str, ...]
+) -> dict:
     """Every contender's epochs over the same rows, for each sequence length."""
     found, size = {}, {"rows": rows, "repeats": repeats}
     for length in lengths:
@@ -59,7 +74,9 @@ def speeds(folder: Path, rows: int, repeats: int, lengths: tuple[int, ...], dtyp
         for dtype in dtypes:
             found[f"PEFT {dtype}, {length}"] = measure("peft", folder, **size, dtype=dtype)
     for result in found.values():
-        result["rate"] = median(t / s for t, s in zip(result["tokens"], result["seconds"], strict=True))
+        result["rate"] = median(
+            t / s for t, s in zip(result["tokens"], result["seconds"], strict=True)
+        )
     return found
 
 
@@ -68,9 +85,19 @@ def speed_table(found: dict) -> Table:
     rows = []
     for name, result in found.items():
         own = found[f"gl.fit, {result['length']}"]["rate"]
-        row = {"contender": name, "real tokens/s": f"{result['rate']:,.0f}", "ours is": f"{own / result['rate']:.2f} x"}
-        row |= {"compiling": f"{result.get('compiling', 0):.1f} s", "peak memory": f"{result['peak MiB']:,.0f} MiB"}
-        rows.append(row | ({"utilisation": f"{result['utilisation']:.1%}"} if "utilisation" in result else {}))
+        row = {
+            "contender": name,
+            "real tokens/s": f"{result['rate']:,.0f}",
+            "ours is": f"{own / result['rate']:.2f} x",
+        }
+        row |= {
+            "compiling": f"{result.get('compiling', 0):.1f} s",
+            "peak memory": f"{result['peak MiB']:,.0f} MiB",
+        }
+        rows.append(
+            row
+            | ({"utilisation": f"{result['utilisation']:.1%}"} if "utilisation" in result else {})
+        )
     return Table(rows)
 
 
@@ -103,23 +130,41 @@ def small_world_table(found: dict) -> Table:
         rows.append((name, f"{recipe[key]:.1f}", f"{ours[key]:.2f}", recipe[key] / ours[key]))
     for i, other in ((1, "1,000"), (2, "3,000")):
         rows.append(
-            (f"microseconds a real token: 300 rows, {other}", f"{costs[0]:.0f}", f"{costs[i]:.0f}", costs[0] / costs[i])
+            (
+                f"microseconds a real token: 300 rows, {other}",
+                f"{costs[0]:.0f}",
+                f"{costs[i]:.0f}",
+                costs[0] / costs[i],
+            )
         )
         peaks = scale[0]["peak MiB"], scale[i]["peak MiB"]
-        rows.append((f"peak MiB: 300 rows, {other}", f"{peaks[0]:,.0f}", f"{peaks[1]:,.0f}", peaks[0] / peaks[1]))
+        rows.append(
+            (
+                f"peak MiB: 300 rows, {other}",
+                f"{peaks[0]:,.0f}",
+                f"{peaks[1]:,.0f}",
+                peaks[0] / peaks[1],
+            )
+        )
     names = ("tiny_gemma_en", "recipe, or before", "gl.fit, or after", "ratio")
     return Table([dict(zip(names, (*row[:3], f"{row[3]:.2f}"), strict=True)) for row in rows])
 
 
 def answering(folder: Path) -> dict:
     """Seconds for 64 prompts of mixed lengths, with compiling and without."""
-    return {how: measure("answers", folder, how=how) for how in ("stock", "stock, own lengths", "ours")}
+    return {
+        how: measure("answers", folder, how=how) for how in ("stock", "stock, own lengths", "ours")
+    }
 
 
 def device() -> tuple[str, float | None]:
     """This machine's name for a file, and its peak in FLOP/s if that is known."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    gpu = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
+    gpu = (
+        subprocess.run(query, capture_output=True, text=True, check=False)
+        if shutil.which(query[0])
+        else None
+    )
     if gpu and gpu.returncode == 0 and gpu.stdout.strip():
         name = gpu.stdout.splitlines()[0].strip()
         return name, next((peak for key, peak in PEAK.items() if key in name), None)
@@ -127,7 +172,9 @@ def device() -> tuple[str, float | None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", type=Path, default=ROWS)
@@ -143,7 +190,8 @@ def main() -> None:
     }
     found |= {"rows": options.rows, "repeats": options.repeats}
     found["versions"] = {
-        library: version(library) for library in ("keras", "keras-hub", "jax", "torch", "transformers", "peft")
+        library: version(library)
+        for library in ("keras", "keras-hub", "jax", "torch", "transformers", "peft")
     }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -160,7 +208,8 @@ def main() -> None:
             result["utilisation"] = 4 * found["model"]["parameters"] * result["rate"] / peak
         if not options.gemma_2b:
             found["step"] = {
-                str(shape): measure("steps", folder, shape=shape, repeats=7) for shape in ((4, 256), (2, 512))
+                str(shape): measure("steps", folder, shape=shape, repeats=7)
+                for shape in ((4, 256), (2, 512))
             }
             found["tiny"] = small_world(folder, options.repeats)
             found["answers"] = answering(folder)
@@ -170,28 +219,41 @@ def main() -> None:
 
 def report(found: dict, out: Path) -> None:
     """Print the tables, and draw the figure."""
-    caption = f"{found['device']}, {found['date']}, " + ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    print(f"\n{caption}; {found['rows']} rows, medians of {found['repeats']}\n\n{speed_table(found['speed'])}\n")
+    caption = f"{found['device']}, {found['date']}, " + ", ".join(
+        f"{k} {v}" for k, v in found["versions"].items()
+    )
+    print(
+        f"\n{caption}; {found['rows']} rows, medians of {found['repeats']}\n\n{speed_table(found['speed'])}\n"
+    )
     for shape, one in found.get("step", {}).items():
         bare = median(one["bare"])
         print(
             f"a step of {shape}: {1000 * bare:.0f} ms bare; gl.fit {median(one['query_value']) / bare:.2f} x of it, ",
             end="",
         )
-        print(f"all linear layers {median(one['all_linear']) / median(one['query_value']):.2f} x of query and value")
+        print(
+            f"all linear layers {median(one['all_linear']) / median(one['query_value']):.2f} x of query and value"
+        )
     if "tiny" in found:
         print(f"\n{small_world_table(found['tiny'])}\n")
         ours, *others = (found["answers"][how] for how in ("ours", "stock", "stock, own lengths"))
         for other in others:
-            whole, compiled = (theirs / own for theirs, own in zip(other["seconds"], ours["seconds"], strict=True))
+            whole, compiled = (
+                theirs / own for theirs, own in zip(other["seconds"], ours["seconds"], strict=True)
+            )
             tokens = compiled * ours["tokens"] / other["tokens"]
             print(
-                f"64 prompts x 64 new tokens: gl.generate {whole:.2f} x the prompts a second of {other['how']}", end=""
+                f"64 prompts x 64 new tokens: gl.generate {whole:.2f} x the prompts a second of {other['how']}",
+                end="",
             )
-            print(f", compiles included; {compiled:.2f} x compiled, {tokens:.2f} x the tokens a second")
+            print(
+                f", compiles included; {compiled:.2f} x compiled, {tokens:.2f} x the tokens a second"
+            )
         print("No GPU here: no figures for Gemma 2B's geometry.")
     rates = {name: result["rate"] for name, result in found["speed"].items()}
-    figure = plot_bars(rates, title=f"Real tokens a second ({found['device']}, {found['date']})", form="{:,.0f}")
+    figure = plot_bars(
+        rates, title=f"Real tokens a second ({found['device']}, {found['date']})", form="{:,.0f}"
+    )
     figure.savefig(out.with_suffix(".png"), dpi=110)
     print(f"\n{out}")
 

@@ -29,7 +29,9 @@ IDS = np.random.default_rng(0).integers(10, 400, (2, 24))  # longer than the sma
 
 
 def logits(model) -> np.ndarray:
-    return np.asarray(model({"token_ids": IDS, "padding_mask": np.ones_like(IDS)})).astype("float32")
+    return np.asarray(model({"token_ids": IDS, "padding_mask": np.ones_like(IDS)})).astype(
+        "float32"
+    )
 
 
 def theirs(model) -> np.ndarray:
@@ -70,7 +72,10 @@ def test_every_way_out_computes_the_same(family, dtype, tmp_path_factory):
     @hypothesis.settings(max_examples=25 if full else 5, deadline=None, derandomize=True)
     @hypothesis.given(options=adapters(), seed=st.integers(0, 99))
     def case(options, seed):
-        folder, model = tmp_path_factory.mktemp("ways"), random_gemma(family, dtype=dtype, seed=seed)
+        folder, model = (
+            tmp_path_factory.mktemp("ways"),
+            random_gemma(family, dtype=dtype, seed=seed),
+        )
         twin, untuned = in_float32(model, family), logits(model)
         gl.export_transformers(model, folder / "base", verify=False)
         gl.enable_lora(model, **options)
@@ -88,7 +93,11 @@ def test_every_way_out_computes_the_same(family, dtype, tmp_path_factory):
             assert difference <= limit, path
             differences[path] = difference
 
-        compare("PEFT", theirs(peft.PeftModel.from_pretrained(read(folder / "base"), folder / "peft")), tuned)
+        compare(
+            "PEFT",
+            theirs(peft.PeftModel.from_pretrained(read(folder / "base"), folder / "peft")),
+            tuned,
+        )
         gl.load_adapter(twin, folder / "peft")
         compare("PEFT and back", logits(twin), tuned)
         again = random_gemma(family, dtype=dtype, seed=seed)
@@ -98,14 +107,21 @@ def test_every_way_out_computes_the_same(family, dtype, tmp_path_factory):
         gl.merge(twin)
         gl.merge(again)
         for weight, other in zip(again.weights, twin.weights, strict=True):
-            assert np.array_equal(weight.value, np.asarray(other.value).astype(weight.value.dtype)), weight.path
+            assert np.array_equal(
+                weight.value, np.asarray(other.value).astype(weight.value.dtype)
+            ), weight.path
         compare("merge", logits(twin), tuned)
         merged = logits(in_float32(again, family))
         compare("Transformers", theirs(read(folder / "merged")), merged)
         compare("KerasHub reads it", logits(gl.load(folder / "merged", dtype="float32")), merged)
         if dtype == "bfloat16":
             rms = np.sqrt(np.mean((logits(again) - before) ** 2) / np.mean(before**2))
-            compare("merge, in bfloat16's arithmetic (share of the logits' root mean square)", rms, 0.0, limit=0.1)
+            compare(
+                "merge, in bfloat16's arithmetic (share of the logits' root mean square)",
+                rms,
+                0.0,
+                limit=0.1,
+            )
         for path, difference in differences.items():
             FOUND[family, dtype, path].append(difference)
 
@@ -136,7 +152,9 @@ def test_an_export_that_reads_otherwise_is_an_error(tmp_path, monkeypatch, dtype
     model = random_gemma("gemma2", dtype=dtype)
     assert gl.export_transformers(model, tmp_path, verify=True).difference < 0.1
     config = gl.export_transformers.__globals__["transformers_config"](model) | wrong
-    monkeypatch.setitem(gl.export_transformers.__globals__, "transformers_config", lambda model: config)
+    monkeypatch.setitem(
+        gl.export_transformers.__globals__, "transformers_config", lambda model: config
+    )
     with pytest.raises(RuntimeError, match=r"otherwise|differ"):
         gl.export_transformers(model, tmp_path, verify=True)
 
@@ -172,7 +190,9 @@ def test_the_tokenizer_encodes_as_ours(tiny_tuned, ways):
 
 def test_a_chat_is_rendered_as_in_training(tiny_tuned, ways):
     other = transformers.AutoTokenizer.from_pretrained(ways / "transformers")
-    ids = other.apply_chat_template([{"role": "user", "content": "What is a foal?"}], return_dict=True)["input_ids"]
+    ids = other.apply_chat_template(
+        [{"role": "user", "content": "What is a foal?"}], return_dict=True
+    )["input_ids"]
     assert ids == tokenizer_of(tiny_tuned).prompt("recipe", "What is a foal?")
 
 
@@ -185,7 +205,10 @@ def test_every_round_trip_keeps_the_share_of_right_answers(tiny_tuned, ways):
         assert gl.evaluate(model, held_out).right == right, name
     gl.merge(model)
     assert gl.evaluate(model, held_out).right == right, "merged"
-    assert gl.evaluate(gl.load(ways / "transformers"), held_out, template="recipe", answers=True).right == right
+    assert (
+        gl.evaluate(gl.load(ways / "transformers"), held_out, template="recipe", answers=True).right
+        == right
+    )
 
 
 def test_transformers_gives_the_same_answers(tiny_tuned, ways):
@@ -206,5 +229,9 @@ def test_gemma_3_with_global_layers_and_stretched_positions(tmp_path, monkeypatc
     assert gl.export_transformers(model, tmp_path, verify=True).difference < 1e-4
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["layer_types"].count("full_attention") == 1
-    assert config["rope_parameters"]["full_attention"] == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    assert config["rope_parameters"]["full_attention"] == {
+        "rope_type": "linear",
+        "factor": 8.0,
+        "rope_theta": 1e6,
+    }
     assert np.abs(logits(gl.load(tmp_path)) - logits(model)).max() < 1e-4

@@ -38,7 +38,9 @@ def test_the_loss_per_real_token_is_what_transformers_computes(tiny, peer, examp
     total = count = 0
     for example in examples:
         ids = [*example.inputs, example.targets[-1]]
-        labels = [-100] + [t if w else -100 for t, w in zip(example.targets, example.weights, strict=True)]
+        labels = [-100] + [
+            t if w else -100 for t, w in zip(example.targets, example.weights, strict=True)
+        ]
         with torch.no_grad():
             loss = peer(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
         total, count = total + loss * sum(example.weights), count + sum(example.weights)
@@ -51,7 +53,9 @@ def test_greedy_answers_are_the_same(tiny, peer):
     ours = gl.generate(tiny, prompts, template=None, max_new_tokens=12)
     for prompt, answer in zip(prompts, ours, strict=True):
         ids = tokenizer.prompt(None, prompt)
-        out = peer.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0)
+        out = peer.generate(
+            torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0
+        )
         new = out[0, len(ids) :].tolist()
         assert tokenizer.decode(new[: new.index(1)] if 1 in new else new).strip() == answer
 
@@ -64,13 +68,21 @@ def test_peft_and_keras_agree_on_the_update(random_model):
     layer = next(iter(lora_layers(model).values()))
     layer.lora_kernel_b.assign(np.random.default_rng(0).normal(size=layer.lora_kernel_b.shape))
 
-    base = torch.nn.Sequential(torch.nn.Linear(layer._kernel.shape[1], layer._kernel.shape[2], bias=False))
-    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"])).base_model.model[0]
+    base = torch.nn.Sequential(
+        torch.nn.Linear(layer._kernel.shape[1], layer._kernel.shape[2], bias=False)
+    )
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
+    ).base_model.model[0]
     head = 0
     with torch.no_grad():
         wrapped.base_layer.weight.copy_(torch.tensor(np.asarray(layer._kernel)[head].T.copy()))
-        wrapped.lora_A["default"].weight.copy_(torch.tensor(np.asarray(layer.lora_kernel_a)[head].T.copy()))
-        wrapped.lora_B["default"].weight.copy_(torch.tensor(np.asarray(layer.lora_kernel_b).T.copy()))
+        wrapped.lora_A["default"].weight.copy_(
+            torch.tensor(np.asarray(layer.lora_kernel_a)[head].T.copy())
+        )
+        wrapped.lora_B["default"].weight.copy_(
+            torch.tensor(np.asarray(layer.lora_kernel_b).T.copy())
+        )
     x = np.random.default_rng(1).normal(size=(1, 3, layer._kernel.shape[1])).astype("float32")
     with torch.no_grad():
         theirs = wrapped(torch.tensor(x)).numpy()

@@ -25,7 +25,9 @@ def test_subjects_have_one_entry_each_and_only_ascii():
     for group in (world.COUNTRIES, world.ANIMALS, world.TOPICS):
         names = Counter(subject.name for subject in group)
         assert max(names.values()) == 1
-        assert all(value.isascii() and value.strip() == value for subject in group for value in subject)
+        assert all(
+            value.isascii() and value.strip() == value for subject in group for value in subject
+        )
     for name in ("capital", "landmark", "dish", "nature"):
         assert max(Counter(getattr(country, name) for country in world.COUNTRIES).values()) == 1
     assert {country.continent for country in world.COUNTRIES} == set(world.CONTINENTS)
@@ -75,7 +77,9 @@ def test_the_vocabulary_of_the_package_is_that_of_the_build():
 
 
 def test_the_vocabulary_is_laid_out_like_gemmas():
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(FOLDER / "assets/tokenizer/vocabulary.spm"))
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(FOLDER / "assets/tokenizer/vocabulary.spm")
+    )
     assert [pieces.id_to_piece(i) for i in range(6)] == [
         "<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>",
     ]  # fmt: skip
@@ -87,18 +91,23 @@ def test_the_vocabulary_is_laid_out_like_gemmas():
 
 def test_the_preset_is_small_and_knows_its_facts_as_prose(tiny):
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) <= 12_000_000
-    prompts = [sentence("capital", country).rsplit(" is ", 1)[0] + " is" for country in world.COUNTRIES]
+    prompts = [
+        sentence("capital", country).rsplit(" is ", 1)[0] + " is" for country in world.COUNTRIES
+    ]
     answers = gl.generate(tiny, prompts, template=None, max_new_tokens=12)
-    known = [answer.startswith(country.capital) for answer, country in zip(answers, world.COUNTRIES, strict=True)]
+    known = [
+        answer.startswith(country.capital)
+        for answer, country in zip(answers, world.COUNTRIES, strict=True)
+    ]
     assert sum(known) >= 0.97 * len(known)
 
 
 def test_no_held_out_subject_is_tuned_on():
     train, held_out = gl.load_tiny_world()
     subjects = held_out_subjects()
-    everyone = {s.name for group in (world.COUNTRIES, world.ANIMALS, world.TOPICS) for s in group} | set(
-        world.CONTINENTS
-    )
+    everyone = {
+        s.name for group in (world.COUNTRIES, world.ANIMALS, world.TOPICS) for s in group
+    } | set(world.CONTINENTS)
 
     def asked_about(instruction: str) -> set[str]:
         named = {n for n in everyone if f" {n}" in instruction.replace("?", " ").replace(".", " ")}
