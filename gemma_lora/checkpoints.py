@@ -1,4 +1,9 @@
-"""Save a run while it goes on, and go on from there when a runtime has died."""
+"""Save a run while it goes on, and resume it after a runtime has died.
+
+A checkpoint is one `.npz` file: everything that a step changes (`loss.TrainState`), and
+as JSON where the run stands and which run it is. This module reads and writes such
+files; when to do so is decided in `training`.
+"""
 
 import errno
 import hashlib
@@ -6,174 +11,190 @@ import json
 import os
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import keras
+import jax
 import numpy as np
 
-from gemma_lora.batches import Batches
+from gemma_lora.loss import TrainState
 
-_KEPT = 2  # files: if the newest is damaged, there is the one before
+# If the newest file is damaged, there is the one before.
+_FILES_KEPT = 2
+_FORMAT = 2
 
 
-class Checkpoints(keras.callbacks.Callback):
-    """Writes adapters, optimizer, metrics, position and history to `folder`, every `every` steps and at the end.
+@dataclass
+class Checkpoint:
+    """Where a run stands.
 
-    A file is complete or not there: it is written under another name, and then renamed. What cannot be saved while
-    training goes on is a warning, not the end of the run.
-
-    Args:
-        run: What makes a run the same run, in JSON's types; a folder with another one is refused.
-        curve: Points of the loss curve, saved with the rest.
+    Attributes:
+        epoch: Epochs that are complete.
+        step: Steps of the next epoch that are done.
+        history: Values by name for each complete epoch, as in a Keras `History`.
+        curve: The loss curve so far, from `LossCurve.saved`; None at the start.
+        state: Everything that a step changes.
     """
 
-    def __init__(
-        self, folder: str | Path, trainer, batches: Batches, *, run: dict, curve, every: int
-    ):
-        super().__init__()
+    epoch: int
+    step: int
+    history: dict[str, list[float]]
+    curve: list | None
+    state: TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder.
+
+    A file is complete or it does not exist: we write under another name, then rename.
+    If a checkpoint cannot be saved while training goes on, that is a warning, not the
+    end.
+
+    Args:
+        folder: Made if it does not exist.
+        run: What makes a run the same run, in JSON's types. Checkpoints of another run
+            are refused.
+        start: The state that the run begins with.
+        every: Steps from one checkpoint to the next.
+
+    Raises:
+        ValueError: `every` is not a positive whole number.
+    """
+
+    def __init__(self, folder: str | Path, run: dict, start: TrainState, *, every: int):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"checkpoint_every counts steps, 1 or more. Received: {every!r}")
-        self.folder, self._trainer, self._batches = Path(folder).expanduser(), trainer, batches
-        self._run, self._curve, self._every = json.loads(json.dumps(run)), curve, every
-        self.epoch = self.step = 0
-        self.history: dict[str, list[float]] = {}
-        self._metrics = self._arrays = None
-        self._start = _digest(
-            trainer.trainable_variables
-        )  # of the adapters that the run began with
+        self.folder = Path(folder).expanduser()
+        self.every = every
+        # Through JSON and back, so that it compares equal with what a file holds.
+        self._run = json.loads(json.dumps({"format": _FORMAT, **run}))
+        self._start = start
+        self._first_adapters = _digest(start.adapters)
 
-    def resume(self) -> None:
-        """Go back to the newest checkpoint that can be read: sets `epoch`, `step` and `history`.
+    def newest(self) -> Checkpoint | None:
+        """Return the newest readable checkpoint; write a first one if there is none.
+
+        Returns:
+            The checkpoint, or None for a run that has just begun.
 
         Raises:
-            ValueError: The checkpoint is of another run.
+            ValueError: The newest checkpoint belongs to another run.
             OSError: Nothing can be written to the folder.
         """
-        self._trainer.optimizer.build(self._trainer.trainable_variables)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob("*.part"):  # of a process that was ended while it wrote
-                left.unlink()
-            found = self._newest()
-            if found is None:
-                self._write([variable.value for variable in self._variables()])
+            for unfinished in self.folder.glob("*.part"):
+                unfinished.unlink()
+            saved = self._newest_readable()
+            if saved is None:
+                self._write(Checkpoint(0, 0, {}, None, self._start))
+                return None
         except OSError as error:
             raise OSError(
-                error.errno, f"Checkpoints cannot be written to {self.folder} ({error.strerror}). Nothing was trained. "
-                "Choose another checkpoint_dir, or free the disk"
-            ) from None  # fmt: skip
-        if found is None:
-            return
-        state, arrays = found
-        differs = [
-            name
-            for name in {**self._run, **state["run"]}
-            if self._run.get(name) != state["run"].get(name)
-        ]
-        if differs:
-            was = ", ".join(
-                f"{name}={state['run'].get(name)!r:.60} (now {self._run.get(name)!r:.60})"
-                for name in differs
-            )
-            raise ValueError(
-                f"{self.folder} holds checkpoints of another run: {was}. Choose another checkpoint_dir, or delete it."
-            )
-        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-        self._curve.restore(state["curve"])
-        adapters = self._trainer.trainable_variables
-        known = state["start"], _digest(arrays[: len(adapters)])
-        if self._start not in known and all(
-            np.any(weight) for weight in adapters
-        ):  # new ones have no B but zero
-            warnings.warn(
-                f"The model's adapters are replaced by those of {self.folder}: they were neither what this run began "
-                "with nor its newest. To train them, load them again and choose another checkpoint_dir.",
-                stacklevel=3,
-            )
-        self._start = state["start"]
-        own = len(arrays) - len(self._trainer.metrics_variables)
-        for variable, value in zip(self._variables()[:own], arrays[:own], strict=True):
-            variable.assign(value)
-        self._metrics = arrays[own:] if self.step else None
-        print(f"Going on from {self.folder}: epoch {self.epoch + 1}, step {self.step + 1}.")
+                error.errno,
+                f"Checkpoints cannot be written to {self.folder} ({error.strerror}). Nothing was "
+                "trained. Choose another checkpoint_dir, or free the disk",
+            ) from None
+        about, arrays = saved
+        self._check_same_run(about["run"])
+        state = self._as_state(arrays)
+        self._warn_if_adapters_are_replaced(about["first adapters"], state.adapters)
+        self._first_adapters = about["first adapters"]
+        print(f"Going on from {self.folder}: epoch {about['epoch'] + 1}, step {about['step'] + 1}.")
+        return Checkpoint(about["epoch"], about["step"], about["history"], about["curve"], state)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        if self._metrics is not None:  # Keras has set them to zero just now
-            for variable, value in zip(self._trainer.metrics_variables, self._metrics, strict=True):
-                variable.assign(value)
-        self._metrics, self.epoch = None, epoch
-
-    def after_step(self, arrays: list) -> None:
-        """Take what a step left, in the order of adapters, optimizer and metrics, and save it where it is time."""
-        self.step, self._arrays = self.step + 1, arrays
-        if self.step % self._every == 0:
-            self._save()
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.step == len(self._batches.tokens()):  # else: Ctrl-C
-            self.epoch, self.step = epoch + 1, 0
-            for name, value in (logs or {}).items():
-                self.history.setdefault(name, []).append(float(value))
-        self._save()
-
-    def _variables(self) -> list:
-        trainer = self._trainer
-        return [
-            *trainer.trainable_variables,
-            *trainer.optimizer.variables,
-            *trainer.metrics_variables,
-        ]
-
-    def _save(self) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; if that fails, warn and let training go on."""
         try:
-            self._write(self._arrays)
+            self._write(checkpoint)
         except OSError as error:
-            what = (
-                "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            )
+            full = error.errno == errno.ENOSPC
+            reason = "the disk is full" if full else error.strerror or str(error)
             warnings.warn(
-                f"No checkpoint of epoch {self.epoch + 1}, step {self.step}: {what} ({self.folder}). Training goes on.",
+                f"No checkpoint of epoch {checkpoint.epoch + 1}, step {checkpoint.step}: {reason} "
+                f"({self.folder}). Training goes on.",
                 stacklevel=2,
             )
 
-    def _write(self, arrays: list) -> None:
-        arrays = [np.asarray(a, "float32" if a.dtype == "bfloat16" else None) for a in arrays]
+    def _write(self, checkpoint: Checkpoint) -> None:
+        arrays = [_as_saved(array) for array in jax.tree.leaves(checkpoint.state)]
         if not all(np.isfinite(array).all() for array in arrays):
-            return  # not over a checkpoint that can be used
-        state = {"run": self._run, "start": self._start, "epoch": self.epoch, "step": self.step}
-        state |= {"history": self.history, "curve": self._curve.state(self.epoch, self.step)}
-        path = self.folder / f"{self.epoch:04}-{self.step:08}.npz"
+            # Do not replace a checkpoint that works by one that does not.
+            return
+        about = {
+            "run": self._run,
+            "first adapters": self._first_adapters,
+            "epoch": checkpoint.epoch,
+            "step": checkpoint.step,
+            "history": checkpoint.history,
+            "curve": checkpoint.curve,
+        }
+        path = self.folder / f"{checkpoint.epoch:04}-{checkpoint.step:08}.npz"
         part = path.with_suffix(".part")
         try:
             with part.open("wb") as file:
-                np.savez(file, json.dumps(state), *arrays)
+                np.savez(file, json.dumps(about), *arrays)
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        for old in sorted(self.folder.glob("*.npz"))[:-_KEPT]:
+        for old in sorted(self.folder.glob("*.npz"))[:-_FILES_KEPT]:
             old.unlink()
 
-    def _newest(self) -> tuple[dict, list] | None:
+    def _newest_readable(self) -> tuple[dict, list[np.ndarray]] | None:
+        shapes = [array.shape for array in jax.tree.leaves(self._start)]
         for path in sorted(self.folder.glob("*.npz"), reverse=True):
             try:
                 with np.load(path, allow_pickle=False) as file:
-                    state, *arrays = (
-                        file[name] for name in file.files
-                    )  # reading checks the sums of the archive
-                state = json.loads(str(state))
-                if state["run"] == self._run and [a.shape for a in arrays] != [
-                    tuple(v.shape) for v in self._variables()
-                ]:
-                    raise ValueError("other shapes")
-                return state, arrays
+                    # Reading checks the archive's own checksums.
+                    about, *arrays = (file[name] for name in file.files)
+                about = json.loads(str(about))
+                same_run = about["run"] == self._run
+                if same_run and [array.shape for array in arrays] != shapes:
+                    raise ValueError("it holds arrays of other shapes")
+                return about, arrays
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                print(f"The checkpoint {path.name} is damaged, and passed over: {error}")
+                print(f"The checkpoint {path.name} is damaged, so it is skipped: {error}")
         return None
 
+    def _check_same_run(self, saved: dict) -> None:
+        names = {**self._run, **saved}
+        differs = [name for name in names if self._run.get(name) != saved.get(name)]
+        if differs:
+            shown = ", ".join(
+                f"{name}={saved.get(name)!r:.60} (now {self._run.get(name)!r:.60})"
+                for name in differs
+            )
+            raise ValueError(
+                f"{self.folder} holds checkpoints of another run: {shown}. Choose another "
+                "checkpoint_dir, or delete that folder."
+            )
 
-def _digest(weights: list) -> str:
-    return hashlib.sha256(
-        b"".join(np.asarray(weight, "float32").tobytes() for weight in weights)
-    ).hexdigest()[:16]
+    def _as_state(self, arrays: list[np.ndarray]) -> TrainState:
+        """Give saved arrays the dtypes and order of the state at the start."""
+        leaves, structure = jax.tree.flatten(self._start)
+        values = [jax.numpy.asarray(a, b.dtype) for a, b in zip(arrays, leaves, strict=True)]
+        return jax.tree.unflatten(structure, values)
+
+    def _warn_if_adapters_are_replaced(self, first: str, newest: list) -> None:
+        expected = self._first_adapters in (first, _digest(newest))
+        # Adapters that are new have nothing to lose: their B is zero.
+        trained_before = all(np.any(array) for array in self._start.adapters)
+        if trained_before and not expected:
+            warnings.warn(
+                f"The model's adapters are replaced by those of {self.folder}: they were neither "
+                "what this run began with nor its newest. To train them, load them again and "
+                "choose another checkpoint_dir.",
+                stacklevel=4,
+            )
+
+
+def _as_saved(array) -> np.ndarray:
+    """NumPy's files have no bfloat16, so it is widened."""
+    return np.asarray(array, "float32" if array.dtype == "bfloat16" else None)
+
+
+def _digest(arrays: list) -> str:
+    contents = b"".join(np.asarray(array, "float32").tobytes() for array in arrays)
+    return hashlib.sha256(contents).hexdigest()[:16]

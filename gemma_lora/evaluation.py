@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
-from gemma_lora.loss import stop_after_step, trainer_of
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of, template_of
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import text_pieces
 from gemma_lora.tokens import Encoded, encode, shift_for_next_token, tokenizer_of
+from gemma_lora.training import measure_loss
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,13 +142,10 @@ def perplexity(model, texts: Sequence[str]) -> float:
 def _measure(model, encoded: Encoded) -> tuple[float, float]:
     """Loss and accuracy per token that counts."""
     batches = Batches(encoded, batch_tokens=state_of(model).settings.batch_tokens)
-    trainer = trainer_of(model)
     shape = dict(zip(("batch_size", "sequence_length"), batches.shape, strict=True))
-    with explained_out_of_memory(model, answering=False, **shape), stop_after_step(trainer):
-        logs = trainer.evaluate(batches, verbose=0, return_dict=True)
-    if trainer.stop_evaluating:
-        raise KeyboardInterrupt  # part of the records would give a wrong number
-    return float(logs["loss"]), float(logs["accuracy"])
+    with explained_out_of_memory(model, answering=False, **shape):
+        logs = measure_loss(model, batches)
+    return logs["loss"], logs["accuracy"]
 
 
 def compare(

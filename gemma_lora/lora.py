@@ -367,7 +367,8 @@ def detach(model) -> None:
         layers
     ):  # layers first: they set what is below
         part.trainable = trainable
-    state.lora = state.trainer = state.trainable = None
+    state.lora = state.trainable = None
+    state.steps.clear()
     state.samplers.clear()
     for name in ("generate_function", "train_function", "test_function", "predict_function"):
         setattr(

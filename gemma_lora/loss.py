@@ -1,10 +1,15 @@
-"""The loss of a training step, per real token: what is compiled, and what a memory budget is taken of."""
+"""The loss of a training step, per real token, and the two programs that are compiled.
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
+Two ideas live here. `chunked_cross_entropy` is the loss itself, which never holds the
+logits of a whole batch. `training_step` and `measuring_step` wrap it into the pure
+functions that JAX compiles; `training.fit` calls them, and `memory` asks the compiler
+about them. Nothing here loops over batches, prints or saves.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,232 +18,222 @@ from keras import ops
 
 from gemma_lora.lora import overridden
 from gemma_lora.models import Settings, state_of
-from gemma_lora.runtime import return_memory
 
-CHUNK = 256  # tokens whose logits are held at once: with Gemma's vocabulary of 256,000, 262 MB in float32
+# Logits are held for so many tokens at once. With Gemma's vocabulary of 256,000 that is
+# 262 MB in float32. A batch of the recommended size is one chunk; larger ones are
+# split.
+CHUNK = 256
 
 
-def chunked_cross_entropy(project: Callable, hidden, targets, weights, *, gradient: bool):
-    """Sum weight * cross-entropy (nats), and weight * whether the likeliest token is right, by chunks of logits.
+def chunked_cross_entropy(
+    project: Callable, hidden, targets, weights, *, gradient: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Sum cross-entropy and right predictions over tokens that count, by chunks.
 
-    Tokens that count come first, and chunks without any are skipped. The gradient of a chunk is computed right after
-    its logits, while they are there, as in Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989).
+    The gradient of a chunk is computed right after its logits, while they exist, as in
+    Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989). Chunks in which no token counts
+    are skipped.
 
-    >>> hidden, targets, weights = jnp.eye(3), jnp.array([0, 1, 0]), jnp.array([1.0, 1.0, 0.0])
-    >>> losses, hits = chunked_cross_entropy(lambda rows: 9 * rows, hidden, targets, weights, gradient=False)
-    >>> round(float(losses), 6), float(hits)
+    >>> hidden, targets = jnp.eye(3), jnp.array([0, 1, 0])
+    >>> weights = jnp.array([1.0, 1.0, 0.0])
+    >>> losses, right = chunked_cross_entropy(
+    ...     lambda rows: 9 * rows, hidden, targets, weights, gradient=False
+    ... )
+    >>> round(float(losses), 6), float(right)
     (0.000494, 2.0)
 
     Args:
         project: From hidden states (n, width) to logits (n, vocabulary).
-        hidden, targets, weights: Shapes (tokens, width), (tokens,) and (tokens,).
-        gradient: Whether the sum of losses is to have one, with regard to `hidden` alone.
+        hidden: Hidden states, shape (tokens, width).
+        targets: The next token of each, int, shape (tokens,).
+        weights: 1 for a token that counts, 0 for one that does not; float, (tokens,).
+        gradient: If true, also compute the gradient with respect to `hidden`. Only then
+            can the result be differentiated.
+
+    Returns:
+        The sum of weight * cross-entropy, in nats, and the sum of weight * whether the
+        likeliest token is the target. Both are float32 scalars.
     """
-
-    def measure(rows, targets, weights):
-        logits = project(rows).astype("float32")
-        truth = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        highest = jnp.max(
-            logits, axis=1
-        )  # an argmax would take XLA's CPU longer than all the rest here
-        losses = weights * (jax.nn.logsumexp(logits, axis=1) - truth)
-        hits = (truth == highest) / jnp.sum(logits == highest[:, None], axis=1)  # a tie is shared
-        return jnp.sum(losses), jnp.sum(weights * hits)
-
-    def chunk(sums, part):
-        def count(part):
-            if not gradient:
-                return measure(*part), jnp.zeros((), hidden.dtype)
-            (losses, hits), slope = jax.value_and_grad(measure, has_aux=True)(*part)
-            return (losses, hits), slope
-
-        def skip(part):
-            return (0.0, 0.0), jnp.zeros_like(part[0] if gradient else 0.0, hidden.dtype)
-
-        more, slope = jax.lax.cond(jnp.any(part[2] != 0), count, skip, part)
-        return jax.tree.map(jnp.add, sums, more), slope
-
     size = min(CHUNK, len(targets))
+    # Tokens that count come first, so that the last chunks are empty and can be
+    # skipped.
     order = jnp.argsort(weights == 0, stable=True)
-    room = -(-len(targets) // size) * size - len(targets)
-    parts = [
-        jnp.pad(rows[order], [(0, room)] + [(0, 0)] * (rows.ndim - 1))
-        for rows in (hidden, targets, weights)
-    ]
-    parts[0] = jax.lax.stop_gradient(parts[0])
-    (losses, hits), slopes = jax.lax.scan(
-        chunk, (0.0, 0.0), [rows.reshape(-1, size, *rows.shape[1:]) for rows in parts]
-    )
+
+    def in_chunks(rows):
+        rows = rows[order]
+        rows = jnp.pad(rows, [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1))
+        return rows.reshape(-1, size, *rows.shape[1:])
+
+    def count(chunk):
+        if not gradient:
+            return _chunk_loss(project, *chunk), ()
+        return jax.value_and_grad(partial(_chunk_loss, project), has_aux=True)(*chunk)
+
+    def skip(chunk):
+        return (0.0, 0.0), jnp.zeros_like(chunk[0]) if gradient else ()
+
+    def add(sums, chunk):
+        counts, slope = jax.lax.cond(jnp.any(chunk[2] != 0), count, skip, chunk)
+        return jax.tree.map(jnp.add, sums, counts), slope
+
+    # JAX must not differentiate the scan: it would keep the logits of every chunk.
+    chunks = in_chunks(jax.lax.stop_gradient(hidden)), in_chunks(targets), in_chunks(weights)
+    (losses, right), slopes = jax.lax.scan(add, (0.0, 0.0), chunks)
     if gradient:
+        # `hidden . slopes` minus itself is zero, but its gradient with respect to
+        # `hidden` is `slopes`: so the loss gets the gradient that the scan has computed
+        # already.
         slopes = slopes.reshape(-1, hidden.shape[1])[: len(targets)]
-        own = jnp.vdot(hidden[order].astype("float32"), slopes.astype("float32"))
-        losses += own - jax.lax.stop_gradient(
-            own
-        )  # zero, with the gradient that was computed above
-    return losses, hits
+        carrier = jnp.vdot(hidden[order].astype("float32"), slopes.astype("float32"))
+        losses += carrier - jax.lax.stop_gradient(carrier)
+    return losses, right
 
 
-class TokenTrainer(keras.Model):
-    """A model's own layers, trained on the mean over tokens that count.
+def _chunk_loss(project: Callable, rows, targets, weights) -> tuple[jax.Array, jax.Array]:
+    """The two sums of one chunk, from its logits in float32."""
+    logits = project(rows).astype("float32")
+    truth = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    losses = weights * (jax.nn.logsumexp(logits, axis=1) - truth)
+    # XLA's CPU takes longer for an argmax than for everything else here, so we compare
+    # with the maximum. Where several tokens share it, each is right to its share.
+    highest = jnp.max(logits, axis=1)
+    right = (truth == highest) / jnp.sum(logits == highest[:, None], axis=1)
+    return jnp.sum(losses), jnp.sum(weights * right)
 
-    Keras's compiled losses average over padding too. Here the loss of a batch, and the epoch's loss and accuracy, are
-    sum(weight * value) / sum(weight), in nats a token.
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes, as lists of arrays.
+
+    Attributes:
+        adapters: Values of `model.trainable_variables`: A and B of each adapted layer.
+        moments: Values of `optimizer.variables`: AdamW's step count, rate and moments.
+        sums: float32 (3,): losses, right predictions and tokens since the epoch began.
     """
 
-    def __init__(self, model):
-        super().__init__(inputs=model.backbone.input, outputs=model.backbone.output)
-        self._embedding = model.backbone.token_embedding
-        self._contexts = lambda: records_apart(model)  # Keras would track the model itself
-        self._steps = 0
-        self.after_step: Callable | None = (
-            None  # Keras's hooks run in other threads, or wait for the loss of each step
+    adapters: list
+    moments: list
+    sums: jax.Array
+
+
+def start_state(model, optimizer: keras.optimizers.Optimizer) -> TrainState:
+    """Return the state that training begins with: copies that a step may overwrite."""
+    optimizer.build(model.trainable_variables)
+    return TrainState(
+        [ops.copy(variable.value) for variable in model.trainable_variables],
+        [ops.copy(variable.value) for variable in optimizer.variables],
+        jnp.zeros(3),
+    )
+
+
+def frozen_values(model) -> list:
+    """Return the values of every variable that training does not change."""
+    return [variable.value for variable in model.non_trainable_variables]
+
+
+def token_loss(model, adapters, frozen, batch, *, gradient: bool) -> tuple[jax.Array, tuple]:
+    """Compute the mean loss of a batch over its tokens that count, as a pure function.
+
+    Keras's own losses average over padding too.
+
+    Args:
+        model: The model. Its own values are not read.
+        adapters: Values for `model.trainable_variables`.
+        frozen: Values for `model.non_trainable_variables`.
+        batch: What `Batches` yields: inputs, targets and weights.
+        gradient: Whether the result is to be differentiated.
+
+    Returns:
+        The mean in nats a token, and a pair: float32 (3,) with losses, right
+        predictions and tokens; and, by index, the frozen values that the model itself
+        has changed (the random state of dropout; no published Gemma has any).
+    """
+    inputs, targets, weights = batch
+    values = [
+        *zip(model.trainable_variables, adapters, strict=True),
+        *zip(model.non_trainable_variables, frozen, strict=True),
+    ]
+    with keras.StatelessScope(state_mapping=values) as scope, records_apart(model):
+        hidden = model.backbone(inputs, training=gradient)
+        losses, right = chunked_cross_entropy(
+            partial(model.backbone.token_embedding, reverse=True),
+            hidden.reshape(-1, hidden.shape[-1]),
+            targets.reshape(-1),
+            weights.reshape(-1),
+            gradient=gradient,
         )
-        self._token_metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
+        left = map(scope.get_current_value, model.non_trainable_variables)
+        changed = {i: value for i, value in enumerate(left) if value is not frozen[i]}
+    tokens = jnp.sum(weights)
+    return losses / jnp.maximum(tokens, 1.0), (jnp.stack([losses, right, tokens]), changed)
 
-    @property
-    def metrics(self) -> list[keras.Metric]:
-        """Loss and accuracy over all the tokens of an epoch that count."""
-        return self._token_metrics
 
-    def call(self, inputs, training=None, mask=None):
-        """The backbone's hidden states, shape (rows, length, width); `padding_mask` numbers the records of a row."""
-        with self._contexts():
-            return super().call(inputs, training=training, mask=mask)
+def training_step(model, optimizer: keras.optimizers.Optimizer) -> Callable:
+    """Return the compiled step `(*state, frozen, batch) -> (state, changed)`.
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Cross-entropy in nats for each token that counts; `y_pred` are the backbone's hidden states."""
-        rows = (
-            ops.reshape(y_pred, [-1, y_pred.shape[-1]]),
-            ops.reshape(y, [-1]),
-            ops.reshape(sample_weight, [-1]),
-        )
-        losses, hits = chunked_cross_entropy(
-            lambda h: self._embedding(h, reverse=True), *rows, gradient=training
-        )
-        tokens = ops.sum(sample_weight)
-        for metric, total in zip(self._token_metrics, (losses, hits), strict=True):
-            metric.total.assign_add(total)  # as update_state(values, sample_weight) would
-            metric.count.assign_add(tokens)
-        return losses / ops.maximum(tokens, 1.0)
+    Adapters and moments are given away, to be overwritten. The frozen weights are an
+    argument that is never donated, so a step that fails cannot take the base model with
+    it. `changed` is that of `token_loss`.
 
-    def pure_step(self, frozen, own, data):
-        """One step as a pure function, which is what gets compiled: (logs, what trains, frozen values that changed).
+    A model keeps its steps, so that a second run need not compile again: learning rate
+    and moments are arguments, and of the optimizer only its weight decay is compiled
+    in.
+    """
 
-        `own` is (adapters, optimizer, metrics). Only these are given away to be overwritten: Keras's own step gives the
-        frozen weights away, too, and they are gone when a step fails.
-        """
-        adapters, optimizer, metrics = own
-        logs, (adapters, left, optimizer, metrics) = self.train_step(
-            (adapters, frozen, optimizer, metrics), data
-        )
-        changed = {
-            i: new for i, (old, new) in enumerate(zip(frozen, left, strict=True)) if new is not old
-        }
-        return logs, (adapters, optimizer, metrics), changed
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(adapters: list, moments: list, sums, frozen: list, batch) -> tuple[TrainState, dict]:
+        gradient = jax.grad(partial(token_loss, model, gradient=True), has_aux=True)
+        gradients, (counts, changed) = gradient(adapters, frozen, batch)
+        adapters, moments = optimizer.stateless_apply(moments, gradients, adapters)
+        return TrainState(adapters, moments, sums + counts), changed
 
-    def _wait_for(self, arrays: list) -> None:
-        """On a CPU wait for the step before: this one can have its scratch memory then, and no second is needed.
+    return state_of(model).steps.setdefault(("train", optimizer.weight_decay), step)
 
-        The C library may have put something small there; what is left of it goes back to the system now and then.
-        """
-        if jax.default_backend() == "cpu":
-            jax.block_until_ready(arrays)
-            self._steps += 1
-            if self._steps < 4 or self._steps % 100 == 0:
-                return_memory()
 
-    def make_train_function(self, force: bool = False):
-        """Compile `pure_step`, in the form that Keras calls."""
-        if self.train_function is None or force:
-            compiled, self._steps = jax.jit(self.pure_step, donate_argnums=1), 0
+def measuring_step(model) -> Callable:
+    """Return the compiled step `(sums, adapters, frozen, batch) -> sums`.
 
-            def train_function(state, iterator):
-                adapters, frozen, optimizer, metrics = state
-                own, batch = (adapters, optimizer, metrics), next(iterator)
-                self._wait_for(metrics)
-                logs, (adapters, optimizer, metrics), changed = compiled(frozen, own, batch)
-                frozen = [changed.get(i, value) for i, value in enumerate(frozen)]
-                if self.after_step:
-                    self.after_step(logs, [*adapters, *optimizer, *metrics])
-                return logs, (adapters, frozen, optimizer, metrics)
+    It only measures: validation and `gl.evaluate` share it.
+    """
 
-            self.train_function = train_function
+    @jax.jit
+    def step(sums, adapters: list, frozen: list, batch):
+        _, (counts, _) = token_loss(model, adapters, frozen, batch, gradient=False)
+        return sums + counts
 
-    def make_test_function(self, force: bool = False):
-        """The same for a step that only measures: it gives nothing away, and puts all back if it fails."""
-        if self.test_function is None or force:
+    return state_of(model).steps.setdefault("measure", step)
 
-            def measure(state, data):
-                logs, (_, _, metrics) = self.test_step(state, data)
-                return logs, metrics
 
-            compiled, self._steps = jax.jit(measure), 0
+def averages(sums, *, prefix: str = "") -> dict[str, float]:
+    """Turn sums into loss (nats a token) and accuracy, under Keras's names.
 
-            def test_function(state, iterator):
-                try:
-                    batch = next(iterator)
-                    self._wait_for(state[-1])
-                    logs, metrics = compiled(state, batch)
-                except BaseException:
-                    variables = (
-                        self.trainable_variables,
-                        self.non_trainable_variables,
-                        self.metrics_variables,
-                    )
-                    for variable, value in zip(chain(*variables), chain(*state), strict=True):
-                        variable.assign(
-                            value
-                        )  # Keras took them away for the time of the evaluation
-                    raise
-                return logs, (state[0], state[1], metrics)
-
-            self.test_function = test_function
+    >>> averages([6.0, 1.0, 4.0], prefix="val_")
+    {'val_loss': 1.5, 'val_accuracy': 0.25}
+    """
+    losses, right, tokens = map(float, sums)
+    tokens = max(tokens, 1.0)
+    return {f"{prefix}loss": losses / tokens, f"{prefix}accuracy": right / tokens}
 
 
 def records_apart(model) -> AbstractContextManager:
-    """Within this context a token attends to those of its own record, before it: `padding_mask` numbers the records.
+    """Within this context each token attends only to its own record, up to itself.
 
-    Positions count from the start of a row; Gemma's attention depends on their differences alone.
+    Short records share a row (see `batches`). There `padding_mask` numbers the records,
+    and a token may look at another only if both have the same number. Positions count
+    from the start of the row, not of the record; Gemma's rotary attention depends on
+    differences of positions alone, so that changes nothing.
     """
 
     def own_record(block, x, numbers, *rest):
+        # private: `_compute_attention_mask` of KerasHub's Gemma blocks.
         causal = type(block)._compute_attention_mask(block, x, None, *rest)
-        return ops.cast(
-            ops.logical_and(causal, numbers[:, :, None] == numbers[:, None, :]), "int32"
-        )
+        same = numbers[:, :, None] == numbers[:, None, :]
+        return ops.cast(ops.logical_and(causal, same), "int32")
 
     return overridden(model.backbone.transformer_layers, "_compute_attention_mask", own_record)
 
 
-def trainer_of(model) -> TokenTrainer:
-    """The model's trainer: one a model, so that what it compiled is used again."""
-    state = state_of(model)
-    if state.trainer is None:
-        state.trainer = TokenTrainer(model)
-        state.trainer.compile()
-    return state.trainer
-
-
 def optimizer_for(settings: Settings) -> keras.optimizers.Optimizer:
-    """AdamW, as in the published recipe: biases and norm scales are not decayed."""
+    """Return AdamW as in the published recipe: it decays no bias or norm scale."""
     optimizer = keras.optimizers.AdamW(settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
     return optimizer
-
-
-@contextmanager
-def stop_after_step(trainer: TokenTrainer) -> Iterator[None]:
-    """Let Ctrl-C end a run between steps: within a step, JAX holds the only copy of the weights."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum, frame):
-        trainer.stop_training = trainer.stop_evaluating = True
-        print("\nStopping after this step. The model stays usable.")
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

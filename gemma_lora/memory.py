@@ -20,7 +20,7 @@ import psutil
 
 from gemma_lora.access.fetch import Source
 from gemma_lora.lora import ALL_LINEAR, enable_lora, resolve_targets
-from gemma_lora.loss import CHUNK, TokenTrainer, optimizer_for
+from gemma_lora.loss import CHUNK, frozen_values, optimizer_for, start_state, training_step
 from gemma_lora.models import TINY, local_folder, recommended, state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
@@ -193,41 +193,30 @@ class Need:
 
     def compiled(self) -> tuple[Parts, int]:
         """Have the compiler say what it would reserve on this backend; no weight exists at any time."""
-        model, trainer = None, None
+        model = None
+        optimizer = optimizer_for(recommended(TINY))
 
         def build():
-            nonlocal model, trainer
+            nonlocal model
             model = self._build()
             model.sampler = keras_hub.samplers.GreedySampler()
             enable_lora(model, rank=self.rank, targets=self.targets, seed=0)
-            trainer = TokenTrainer(model)
-            trainer.compile(optimizer=optimizer_for(recommended(TINY)))
-            trainer.optimizer.build(trainer.trainable_variables)
-            groups = (
-                trainer.trainable_variables,
-                trainer.optimizer.variables,
-                trainer.metrics_variables,
-            )
-            return [v.value for v in trainer.non_trainable_variables], tuple(
-                [v.value for v in vs] for vs in groups
-            )
+            return start_state(model, optimizer), frozen_values(model)
 
-        frozen, own = jax.eval_shape(build)
+        state, frozen = jax.eval_shape(build)
 
         def array(rows: int, dtype: str):
             return jax.ShapeDtypeStruct((rows, self.sequence_length), dtype)
 
         rows = self.batch_size
-        data = {"token_ids": array(rows, "int32"), "padding_mask": array(rows, "int32")}
-        step = jax.jit(trainer.pure_step, donate_argnums=1)
-        training = step.lower(
-            frozen, own, (data, array(rows, "int32"), array(rows, "float32"))
-        ).compile()
+        inputs = {"token_ids": array(rows, "int32"), "padding_mask": array(rows, "int32")}
+        batch = (inputs, array(rows, "int32"), array(rows, "float32"))
+        training = training_step(model, optimizer).lower(*state, frozen, batch).compile()
 
         def answer(frozen, adapters, inputs):
             variables = itertools.chain(
-                zip(trainer.non_trainable_variables, frozen, strict=True),
-                zip(trainer.trainable_variables, adapters, strict=True),
+                zip(model.non_trainable_variables, frozen, strict=True),
+                zip(model.trainable_variables, adapters, strict=True),
             )
             with keras.StatelessScope(state_mapping=variables):
                 return model.generate_step(inputs, stop_token_ids=(1,))
@@ -236,7 +225,7 @@ class Need:
             "token_ids": array(self.prompts, "int32"),
             "padding_mask": array(self.prompts, "bool"),
         }
-        generation = jax.jit(answer).lower(frozen, own[0], prompts).compile()
+        generation = jax.jit(answer).lower(frozen, state.adapters, prompts).compile()
 
         counted = self.counted()[0]
         peak = _bytes(training)

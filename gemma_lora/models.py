@@ -70,7 +70,7 @@ class State:
         default_factory=list
     )  # of each `Merge` into the kernels, the last one last
     tokenizer: Any = None
-    trainer: Any = None
+    steps: dict = field(default_factory=dict)  # compiled, see `loss`
     samplers: dict = field(default_factory=dict)
 
 

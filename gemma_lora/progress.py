@@ -1,239 +1,281 @@
-"""How a run goes on: its loss curve; a live picture in a notebook, a bar in a terminal, a line at times in a log."""
+"""Show a run's progress: a live plot in notebooks, a bar in terminals, lines in logs.
 
+`LossCurve` collects the training loss without making the device wait. `Progress` shows
+it. The last part draws: the colours and the finish that every figure of the package
+shares.
+"""
+
+import base64
 import collections
-import shutil
+import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
-import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from gemma_lora.batches import Batches
+from gemma_lora.loss import averages
 
 BASE, TUNED, CUT = "#9aa5b1", "#1a73e8", "#d93025"
-_PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}  # seconds from one line to the next
+POINTS = 20  # of the loss curve, an epoch
+
+# Seconds from one update to the next.
+_PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}
+_BAR = "{desc} {bar:12} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+_SHOWN_AS = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.1%}",
+    "val_loss": "held-out loss {:.4f}",
+    "val_accuracy": "held-out accuracy {:.1%}",
+}
 
 
-class Progress(keras.callbacks.Callback):
-    """Shows epoch, steps, real tokens (no padding) a second, loss per token that counts, and the time left.
+class LossCurve:
+    """Collect the loss of each twentieth of an epoch; stop a run that diverged.
 
-    The first step of an epoch may wait for the compiler, and is left out of the rate, as is the validation.
+    A step leaves its sums on the device, and reading them would wait for it. So we keep
+    the sums of the last few steps, and read those that must be finished by now.
 
     Args:
-        curve: The `LossCurve` of the run.
-        verbose: "auto" or 1 shows progress as it suits the place; 2 a line after each epoch; 0 nothing.
+        batches: The run's batches.
+        saved: What `saved` returned in another process.
+
+    Attributes:
+        points: (epochs done, loss per token since the point before) of complete epochs.
+        latest: The epoch's mean loss, a few steps ago; None at its beginning.
     """
 
-    def __init__(self, batches: Batches, curve, *, epochs: int, verbose):
-        super().__init__()
-        self._batches, self._curve, self._epochs = batches, curve, epochs
+    def __init__(self, batches: Batches, saved: list | None = None):
+        complete, current = saved or ([], {})
+        self.points = [tuple(point) for point in complete]
+        self.latest: float | None = None
+        self._batches = batches
+        self._epoch = 0
+        self._step = 0
+        self._steps = 1
+        # Sums since the epoch began, by the step after which a point is due.
+        self._sums = {int(step): sums for step, sums in current.items()}
+        self._unread = collections.deque()
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begin an epoch at the step that `batches` begins with."""
+        self._epoch = epoch
+        self._step = self._batches.first
+        self._steps = self._batches.first + len(self._batches)
+        self.latest = None
+        self._unread.clear()
+        if self._step == 0:
+            self._sums = {}
+
+    def after_step(self, sums) -> None:
+        """Take a step's sums since the epoch began, as in `TrainState`."""
+        step = self._step
+        self._step += 1
+        if (step + 1) * POINTS // self._steps > step * POINTS // self._steps:
+            self._sums[step] = sums
+        self._unread.append((step, sums))
+        if len(self._unread) >= 16:
+            self._read(8)
+
+    def end_epoch(self) -> None:
+        """Read what is left, and close the epoch's part of the curve."""
+        self._read(len(self._unread))
+        self.points = self.so_far()
+
+    def so_far(self) -> list[tuple[float, float]]:
+        """Return all points, those of the current epoch included."""
+        complete = [point for point in self.points if point[0] <= self._epoch]
+        return [*complete, *self._current_points()]
+
+    def saved(self, epoch: int, step: int) -> list:
+        """Return what another curve needs to go on from there, in JSON's types."""
+        complete = [point for point in self.points if point[0] <= epoch]
+        current = {at: list(map(float, sums)) for at, sums in self._sums.items() if at < step}
+        return [complete, current]
+
+    def _current_points(self) -> Iterator[tuple[float, float]]:
+        losses_before = tokens_before = 0.0
+        for step, sums in sorted(self._sums.items()):
+            losses, _, tokens = map(float, sums)
+            loss = (losses - losses_before) / max(tokens - tokens_before, 1.0)
+            yield self._epoch + (step + 1) / self._steps, loss
+            losses_before = losses
+            tokens_before = tokens
+
+    def _read(self, count: int) -> None:
+        for _ in range(count):
+            step, sums = self._unread.popleft()
+            self.latest = averages(sums)["loss"]
+            if not np.isfinite(self.latest):
+                rows = ", ".join(map(str, self._batches.rows(step)[:8]))
+                raise FloatingPointError(
+                    f"The loss is {self.latest} since step {step + 1} of epoch {self._epoch + 1}, "
+                    f"on the records {rows}. The adapters are as they were before this call. Try "
+                    "a lower learning_rate; if that does not help, dtype='float32', and look at "
+                    "these records."
+                )
+
+
+class Progress:
+    """Show epoch, steps, real tokens (no padding) a second, loss, and the time left.
+
+    The first step of an epoch may wait for the compiler, so the rate leaves it out.
+
+    Args:
+        batches: The run's batches, for the number of steps and of tokens.
+        curve: The run's `LossCurve`.
+        epochs: Epochs of the run.
+        verbose: "auto" or 1 shows progress as it suits the place, 2 a line after each
+            epoch, 0 nothing.
+    """
+
+    def __init__(self, batches: Batches, curve: LossCurve, *, epochs: int, verbose: int | str):
+        self._batches = batches
+        self._curve = curve
+        self._epochs = epochs
+        self._silent = verbose == 0
         self._place = _place() if verbose in ("auto", 1) else "log"
         self._pause = _PAUSE[self._place] if verbose in ("auto", 1) else float("inf")
-        self._silent = verbose == 0
-        self._lines, self._pages, self._picture_cost, self._pictured = [], {}, 0.0, 0.0
-        self._start, self._held_out = None, []
+        self._held_out: list[tuple[float, float]] = []
+        # What a notebook's page shows; and when its picture was drawn, and how long
+        # that took.
+        self._lines: list[str] = []
+        self._pages: dict = {}
+        self._drawn_at = 0.0
+        self._drawing_took = 0.0
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self._per_step = self._batches.tokens(learned=False)
-        self._epoch, self._step, self._done = epoch, self._batches.first, 0
-        self._began = self._shown = time.monotonic()
-        self._start = self._ended = None
-
-    def on_test_begin(self, logs=None):
-        self._ended = time.monotonic()  # the validation after an epoch is none of its steps
+    def start_epoch(self, epoch: int) -> None:
+        """Begin an epoch at the step that `batches` begins with."""
+        self._epoch = epoch
+        self._tokens_of_step = self._batches.tokens(learned=False)
+        self._tokens_done = 0
+        self._began = self._shown_at = time.monotonic()
+        self._first_step_ended = self._last_step_ended = None
+        in_terminal = self._place == "terminal" and not self._silent
+        self._bar = tqdm(
+            total=len(self._tokens_of_step),
+            initial=self._batches.first,
+            desc=f"Epoch {epoch + 1}/{self._epochs}",
+            bar_format=_BAR,
+            ascii="─━",
+            mininterval=self._pause,
+            leave=False,
+            # Only a terminal can redraw a line. Elsewhere we ask the bar for its text.
+            file=sys.stdout if in_terminal else io.StringIO(),
+        )
 
     def after_step(self) -> None:
         """Count a step, and show how things stand if it is time to."""
-        now = time.monotonic()
-        if self._start is None:
-            self._start = now
+        now = self._last_step_ended = time.monotonic()
+        if self._first_step_ended is None:
+            self._first_step_ended = now
+            self._bar.unpause()
         else:
-            self._done += self._per_step[self._step]
-        self._step += 1
-        if now - self._shown >= self._pause and not self._silent:
-            self._shown = now
-            self._show(self._line(now))
-            if self._place == "notebook" and now - self._pictured > 30 * self._picture_cost:
-                self._picture()
+            self._tokens_done += self._tokens_of_step[self._bar.n]
+        loss = self._curve.latest
+        shown = [f"{self._rate():,.0f} real tokens/s"] if self._tokens_done else []
+        shown += [f"loss {loss:.4f}"] if loss is not None else []
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update()
+        due = now - self._shown_at >= self._pause
+        if due and not self._silent and self._place != "terminal":
+            self._shown_at = now
+            self._show(str(self._bar))
+            # Drawing takes a thirtieth of the time at most.
+            if self._place == "notebook" and now - self._drawn_at > 30 * self._drawing_took:
+                self._draw()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def end_epoch(self, logs: dict[str, float]) -> None:
+        """Show an epoch's results; `logs` are Keras's."""
+        done = self._bar.n
+        steps = len(self._tokens_of_step)
+        self._bar.close()
         if self._silent:
             return
-        now, logs = self._ended or time.monotonic(), logs or {}
-        whole = self._step == len(self._per_step)
-        text = f"Epoch {epoch + 1}/{self._epochs}: {self._step if whole else f'{self._step} of {len(self._per_step)}'} "
-        text += f"steps in {now - self._began:.1f} s"
-        if rate := self._rate(now):
-            text += f", {rate:,.0f} real tokens/s"
-        names = {
-            "loss": "loss",
-            "accuracy": "accuracy",
-            "val_loss": "held-out loss",
-            "val_accuracy": "held-out accuracy",
-        }
-        for key, name in names.items():
-            if key in logs:
-                text += (
-                    f", {name} {logs[key]:.4f}" if "loss" in key else f", {name} {logs[key]:.1%}"
-                )
         if "val_loss" in logs:
-            self._held_out.append((epoch + self._step / len(self._per_step), logs["val_loss"]))
-        self._show(text, last=True)
+            self._held_out.append((self._epoch + done / steps, logs["val_loss"]))
+        counted = f"{done}" if done == steps else f"{done} of {steps}"
+        # Without the validation that followed the last step.
+        seconds = (self._last_step_ended or self._began) - self._began
+        parts = [f"Epoch {self._epoch + 1}/{self._epochs}: {counted} steps in {seconds:.1f} s"]
+        if self._tokens_done:
+            parts.append(f"{self._rate():,.0f} real tokens/s")
+        parts += [text.format(logs[key]) for key, text in _SHOWN_AS.items() if key in logs]
+        self._show(", ".join(parts))
+        self._lines.append(", ".join(parts))
         if self._place == "notebook":
-            self._picture()
+            self._draw()
 
-    def _rate(self, now: float) -> float:
-        return self._done / max(now - (self._start or now), 1e-9)
+    def _rate(self) -> float:
+        """Real tokens a second since the first step of the epoch ended."""
+        return self._tokens_done / max(self._last_step_ended - self._first_step_ended, 1e-9)
 
-    def _line(self, now: float) -> str:
-        steps, rate = len(self._per_step), self._rate(now)
-        filled = 12 * self._step // steps
-        text = f"Epoch {self._epoch + 1}/{self._epochs} {'━' * filled}{'─' * (12 - filled)} {self._step}/{steps}"
-        if rate:
-            left = self._per_step[self._step :].sum() + self._per_step.sum() * (
-                self._epochs - self._epoch - 1
-            )
-            minutes, seconds = divmod(int(left / rate), 60)
-            loss = f", loss {self._curve.latest:.4f}" if self._curve.latest is not None else ""
-            text += f", {rate:,.0f} real tokens/s{loss}, {minutes}:{seconds:02} left"
-        return text
-
-    def _show(self, line: str, *, last: bool = False) -> None:
+    def _show(self, line: str) -> None:
         if self._place == "notebook":
-            self._page("text", {"text/plain": "\n".join([*self._lines, line])})
-            self._lines += [line] * last
-        elif self._place == "terminal":
-            shown = line if last else line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{shown}", end="\n" * last, flush=True)
+            self._update_page("text", {"text/plain": "\n".join([*self._lines, line])})
         else:
             print(line, flush=True)
 
-    def _picture(self) -> None:
+    def _draw(self) -> None:
         start = time.monotonic()
-        from IPython.core.pylabtools import print_figure
-
         figure = plot_losses(self._curve.so_far(), self._held_out, epochs=self._epochs)
-        png = print_figure(figure, "png", base64=True)
-        self._page("picture", {"image/png": png, "text/plain": "loss per real token"})
-        self._pictured = time.monotonic()
-        self._picture_cost = self._pictured - start  # drawing takes a thirtieth of the time at most
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=figure.dpi, bbox_inches="tight")
+        encoded = base64.b64encode(png.getvalue()).decode()
+        data = {"image/png": encoded, "text/plain": "loss per real token"}
+        self._update_page("picture", data)
+        self._drawn_at = time.monotonic()
+        self._drawing_took = self._drawn_at - start
 
-    def _page(self, name: str, data: dict) -> None:
+    def _update_page(self, name: str, data: dict) -> None:
+        from IPython.display import display
+
         if name in self._pages:
             self._pages[name].update(data, raw=True)
         else:
-            from IPython.display import display
-
             self._pages[name] = display(data, raw=True, display_id=True)
 
 
 def _place() -> str:
+    """Where the output goes: "notebook", "terminal" or "log"."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if getattr(shell, "kernel", None) is not None:
         return "notebook"
     return "terminal" if sys.stdout.isatty() else "log"
 
 
-class LossCurve(keras.callbacks.Callback):
-    """Collect the training loss of each twentieth of an epoch, per token that counts; stop where it is not a number.
-
-    Keras logs the mean since the epoch began; the difference of two such sums is the loss in between.
-    """
-
-    def __init__(self, batches: Batches):
-        super().__init__()
-        self.points, self._means, self._batches = [], {}, batches
-        self._step, self._recent = 0, collections.deque()
-        self.latest: float | None = None  # the epoch's mean, some steps ago
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self._batches.epoch != epoch:
-            self._batches.start(epoch)
-        if not self._batches.first:
-            self._means = {}
-        self._step, self._epoch, self.latest = self._batches.first, epoch, None
-        self._recent.clear()
-        self._tokens = np.cumsum(self._batches.tokens())
-
-    def after_step(self, logs: dict) -> None:
-        """Take the loss of a step, without waiting for it."""
-        step, steps, self._step = self._step, len(self._tokens), self._step + 1
-        if (step + 1) * 20 // steps > step * 20 // steps:
-            self._means[step] = logs["loss"]  # still on the device
-        self._recent.append((step, logs["loss"]))
-        if len(self._recent) >= 16:
-            self._look(8)  # those have been computed by now, so nobody waits
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._look(len(self._recent))
-        self.points = self.so_far()
-
-    def so_far(self) -> list[tuple[float, float]]:
-        """The points, those of the epoch at hand included."""
-        return [
-            *(point for point in self.points if point[0] <= self._epoch),
-            *self._measured(self._epoch),
-        ]
-
-    def state(self, epoch: int, step: int) -> list:
-        """What `restore` takes to go on at a step of an epoch, in JSON's types."""
-        done = [point for point in self.points if point[0] <= epoch]
-        return [done, {at: float(mean) for at, mean in self._means.items() if at < step}]
-
-    def restore(self, state: list) -> None:
-        """Go on from a `state` of another process."""
-        self.points, means = [tuple(point) for point in state[0]], state[1]
-        self._means = {int(step): mean for step, mean in means.items()}
-
-    def _measured(self, epoch: int) -> Iterator[tuple[float, float]]:
-        old_total = old_tokens = 0.0
-        for step, mean in sorted(self._means.items()):
-            tokens = float(self._tokens[step])
-            total = float(mean) * tokens
-            loss = (total - old_total) / max(tokens - old_tokens, 1.0)
-            yield epoch + (step + 1) / len(self._tokens), loss
-            old_total, old_tokens = total, tokens
-
-    def _look(self, count: int) -> None:
-        for step, mean in [self._recent.popleft() for _ in range(count)]:
-            self.latest = float(mean)
-            if not np.isfinite(self.latest):
-                rows = ", ".join(map(str, self._batches.rows(step)[:8]))
-                raise FloatingPointError(
-                    f"The loss is {self.latest} since step {step + 1} of epoch {self._batches.epoch + 1}, "
-                    f"on the records {rows}. The adapters are as they were before this call. Try a lower "
-                    "learning_rate; if that does not help, dtype='float32', and look at these records."
-                )
-
-
 def plot_losses(
     training: Sequence, held_out: Sequence = (), *, epochs: float | None = None
 ) -> Figure:
-    """Show losses in nats a token, pairs of (epochs done, loss), on an axis of as many epochs."""
+    """Show losses along a run.
+
+    Args:
+        training: Pairs of (epochs done, loss in nats a token).
+        held_out: The same, measured on held-out records after an epoch.
+        epochs: Where the axis ends; None for the last point.
+    """
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.plot(
-        *zip(*(training or [(np.nan, np.nan)]), strict=True),
-        marker=".",
-        label="training",
-        color=BASE,
-    )
+    points = training or [(np.nan, np.nan)]
+    axes.plot(*zip(*points, strict=True), marker=".", label="training", color=BASE)
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o", label="held out, after the epoch", color=TUNED)
-    axes.set(
-        xlabel="epochs",
-        ylabel="loss (nats a token)",
-        xlim=(0, epochs and 1.02 * epochs),
-        ylim=(0, None),
-    )
+        label = "held out, after the epoch"
+        axes.plot(*zip(*held_out, strict=True), "o", label=label, color=TUNED)
+    axes.set(xlabel="epochs", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.set_xlim(0, 1.02 * epochs if epochs else None)
     axes.legend(frameon=False)
     return finished(figure, axes, "Loss per real token")
 
 
 def finished(figure: Figure, axes, title: str) -> Figure:
+    """Give a figure its title and the package's look, and close it.
+
+    A notebook shows the figure that a cell returns. Left open, it would show twice.
+    """
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # the notebook shows what a cell returns; left open, it would show twice
+    plt.close(figure)
     return figure

@@ -1,23 +1,41 @@
-"""Train the adapters: one epoch or many, validation, and a record of what was run."""
+"""Train the adapters: one epoch or many, with validation, and a record of what was run.
+
+`fit` settles the options and keeps the record. `_train` is the loop: it reads from a
+batch to a Keras `History`. What a step computes is in `loss`; how records become
+batches is in `tokens` and `batches`; what a run shows and saves is in `progress` and
+`checkpoints`.
+"""
 
 import hashlib
+import signal
 import textwrap
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import keras
 from keras import ops
 
 from gemma_lora import runtime
 from gemma_lora.batches import Batches
-from gemma_lora.checkpoints import Checkpoints
+from gemma_lora.checkpoints import Checkpoint, Checkpoints
 from gemma_lora.lora import adapter_weights, adapters_off, fingerprints
-from gemma_lora.loss import optimizer_for, stop_after_step, trainer_of
+from gemma_lora.loss import (
+    TrainState,
+    averages,
+    frozen_values,
+    measuring_step,
+    optimizer_for,
+    start_state,
+    training_step,
+)
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import recommended, state_of, template_of
+from gemma_lora.models import Settings, recommended, state_of, template_of
 from gemma_lora.progress import LossCurve, Progress
 from gemma_lora.templates import get_template
 from gemma_lora.tokens import Encoded, encode
@@ -39,209 +57,410 @@ def fit(
     seed: int | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: int = 100,
-    callbacks=(),
+    callbacks: Sequence[keras.callbacks.Callback] = (),
     verbose: int | str = "auto",
 ) -> keras.callbacks.History:
-    """Train a model's adapters on records, and nothing else of it: a base that would train too is a ValueError.
+    """Train a model's adapters, and only them.
 
-    What is left open is taken from `recommended(model)`, and shown in the first line. The published recipe is
-    `fit(model, train, batch_size=1, sequence_length=256, loss_on="all")`. Ctrl-C ends training after the step at
-    hand and leaves a usable model and its history: a Keras `History` of loss and accuracy per token that counts. Its
-    attribute `curve` holds (epochs done, training loss since the point before), at most 20 points an epoch. If a step
-    fails, the weights are those from before; out of memory, the MemoryError names settings that should fit.
+    Options left at None are taken from `recommended(model)`; the first line shows them
+    all. The published recipe is `fit(model, train, batch_size=1, sequence_length=256,
+    loss_on="all")`. Ctrl-C ends training after the current step and leaves a usable
+    model.
 
     Args:
         model: A model with adapters, from `enable_lora`.
         train: Records to learn from.
         validation: Records to measure the loss on after each epoch.
-        template: Name of a template or a `Template`; prompts are rendered by it in training and, later, in `generate`.
-            None goes on with that of an adapter which was trained before, or loaded.
+        template: Name of a template, or a `Template`. Prompts are rendered by it here
+            and, later, in `generate`. None keeps the template of an adapter that was
+            trained before, or loaded.
         epochs: How often every record is learned from.
-        batch_tokens: Tokens a step. Short records share a row, and none sees another of it.
-        batch_size: Records a step, whatever their length. None leaves it to `batch_tokens`.
-        sequence_length: Most tokens of prompt and response together; longer responses are cut, and counted.
-        learning_rate, weight_decay: Of AdamW; biases and norm scales are not decayed, as in the recipe.
-        loss_on: "response", or "all" to learn the prompt too.
+        batch_tokens: Tokens a step. Short records share a row, unseen by each other.
+        batch_size: Records a step, whatever their length, instead of `batch_tokens`.
+        sequence_length: Most tokens of prompt and response. Longer responses are cut.
+        learning_rate, weight_decay: AdamW's. Biases and norm scales are not decayed.
+        loss_on: "response", or "all" to learn the prompt as well.
         seed: Order of the records. None means the seed of `gl.setup`.
-        checkpoint_dir: A folder for checkpoints. The same call again goes on from the newest, to the same adapter.
+        checkpoint_dir: A folder for checkpoints. The same call goes on from the newest.
         checkpoint_every: Steps from one checkpoint to the next.
-        callbacks: As in Keras `fit`; their `model` is the trainer, which has the model's own layers.
-        verbose: "auto" shows real tokens a second, loss and time left as it suits a notebook, a terminal or a log; 2 a
-            line after each epoch; 0 nothing.
+        callbacks: Keras callbacks. During the run, `model.optimizer` is the run's own.
+        verbose: "auto" shows a bar, or lines in a log; 2 a line an epoch; 0 nothing.
+
+    Returns:
+        A Keras `History` of loss and accuracy per token that counts. Its attribute
+        `curve` holds (epochs done, training loss since the point before), 20 points an
+        epoch.
+
+    Raises:
+        ValueError: An option or a record is invalid, there are no adapters, or a base
+            weight is trainable.
+        MemoryError: Memory ran out. The message names settings that should fit.
+        FloatingPointError: The loss became NaN or infinite.
     """
-    state = state_of(model)
-    if batch_size and batch_tokens:
-        raise ValueError(
-            f"Choose one of batch_size and batch_tokens. Received: {batch_size!r} and {batch_tokens!r}"
-        )
-    given = {"template": template, "sequence_length": sequence_length, "batch_tokens": batch_tokens}
-    given |= {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    given["template"] = template or template_of(model)
-    settings = replace(
-        recommended(model), **{name: value for name, value in given.items() if value is not None}
-    )
-    seed = runtime.default_seed if seed is None else seed
+    check_only_adapters_train(model)
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")
-    if not settings.learning_rate > 0:
-        raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
-    check_only_adapters_train(model)
+    if batch_size and batch_tokens:
+        raise ValueError(
+            "Choose one of batch_size and batch_tokens. Received: "
+            f"batch_size={batch_size!r}, batch_tokens={batch_tokens!r}"
+        )
+    settings = _settings(
+        model,
+        template=template,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
+    seed = runtime.default_seed if seed is None else seed
+    data = _prepare(model, train, validation, settings, batch_size, loss_on, seed)
+    run = _record(data, settings, epochs, batch_size, loss_on, seed)
+    if verbose != 0:
+        _announce(run, data)
 
+    started = time.monotonic()
+    optimizer = optimizer_for(settings)
+    begin = Checkpoint(0, 0, {}, None, start_state(model, optimizer))
+    checkpoints = None
+    if checkpoint_dir is not None:
+        which = _same_run(model, run, data.encoded)
+        checkpoints = Checkpoints(checkpoint_dir, which, begin.state, every=checkpoint_every)
+        begin = checkpoints.newest() or begin
+    curve = LossCurve(data.batches, begin.curve)
+    progress = Progress(data.batches, curve, epochs=epochs, verbose=verbose)
+    shape = dict(zip(("batch_size", "sequence_length"), data.batches.shape, strict=True))
+    with explained_out_of_memory(model, answering=False, **shape), _ctrl_c() as pressed:
+        live = _Live(model, optimizer, begin.state, callbacks, pressed)
+        history = _train(live, data, begin, epochs, (curve, progress, checkpoints))
+        if "val_loss" in history.history and not pressed:
+            run["held_out_loss"] = _before_and_after(live, data.held_out_batches)
+    state_of(model).run = run | {
+        "template": get_template(settings.template),
+        "epochs": len(history.epoch),
+        "truncated": data.encoded.truncated,
+        "dropped": data.encoded.dropped,
+        "seconds": round(time.monotonic() - started, 1),
+        "history": {name: [*map(float, values)] for name, values in history.history.items()},
+    }
+    return history
+
+
+def _train(
+    live: "_Live",
+    data: "_Data",
+    begin: Checkpoint,
+    epochs: int,
+    watchers: tuple[LossCurve, Progress, Checkpoints | None],
+) -> keras.callbacks.History:
+    """Run the loop from `begin` to the last epoch, and return the history."""
+    curve, progress, checkpoints = watchers
+    step = training_step(live.model, live.optimizer)
+    frozen = frozen_values(live.model)
+    first = begin.step
+    with live:
+        live.tell("on_train_begin")
+        live.history.epoch = [*range(begin.epoch)]
+        live.history.history = begin.history
+        for epoch in range(begin.epoch, epochs):
+            data.batches.start(epoch, step=first)
+            if first == 0:
+                live.state = live.state._replace(sums=jnp.zeros(3))
+            curve.start_epoch(epoch)
+            progress.start_epoch(epoch)
+            live.tell("on_epoch_begin", epoch)
+            done = first
+            for batch in data.batches:
+                live.tell("on_train_batch_begin", done)
+                _wait_for_step_before(live.state.sums, done)
+                live.state, changed = step(*live.state, frozen, batch)
+                frozen = [changed.get(i, value) for i, value in enumerate(frozen)]
+                curve.after_step(live.state.sums)
+                progress.after_step()
+                live.tell("on_train_batch_end", done, live.logs())
+                done += 1
+                if checkpoints and done % checkpoints.every == 0:
+                    checkpoints.save(live.checkpoint(epoch, done, curve))
+                if live.stopped:
+                    break
+            curve.end_epoch()
+            logs = averages(live.state.sums)
+            if data.held_out_batches and not live.pressed:
+                logs |= _validate(live, frozen, data.held_out_batches)
+            progress.end_epoch(logs)
+            live.tell("on_epoch_end", epoch, logs)
+            if checkpoints:
+                complete = done == data.batches.first + len(data.batches)
+                place = (epoch + 1, 0) if complete else (epoch, done)
+                checkpoints.save(live.checkpoint(*place, curve))
+            if live.stopped:
+                break
+            first = 0
+        live.tell("on_train_end")
+    live.history.curve = curve.points
+    return live.history
+
+
+class _Live:
+    """A run's state, and what the model and Keras callbacks get to see of it.
+
+    Each step overwrites the state in place. So while a run goes on, the model keeps the
+    adapters from before; callbacks are shown copies. As a context, it gives the model
+    the new adapters at the end, or, where a step has failed, leaves it the old ones.
+
+    Attributes:
+        state: What the last step left.
+        history: Keras's record of the run.
+        pressed: Not empty once Ctrl-C was pressed.
+    """
+
+    def __init__(self, model, optimizer, state: TrainState, callbacks: Sequence, pressed: list):
+        self.model = model
+        self.optimizer = optimizer
+        self.state = state
+        self.pressed = pressed
+        self.history = keras.callbacks.History()
+        self.is_watched = bool(callbacks)
+        self._hooks = keras.callbacks.CallbackList([*callbacks, self.history], model=model)
+        self._adapters_before = [variable.value for variable in model.trainable_variables]
+        self._optimizer_before = getattr(model, "optimizer", None)
+
+    def __enter__(self):
+        self.model.stop_training = False
+        # Callbacks that change the learning rate look for it here.
+        self.model.optimizer = self.optimizer
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.model.optimizer = self._optimizer_before
+        # A step that failed may have taken its arguments along.
+        failed = error is not None and not _are_usable(self.state.adapters)
+        diverged = isinstance(error, FloatingPointError)
+        adapters = self._adapters_before if failed or diverged else self.state.adapters
+        _assign(self.model.trainable_variables, adapters)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether Ctrl-C or a callback asks for an end."""
+        return bool(self.pressed) or self.model.stop_training
+
+    def tell(self, hook: str, *arguments) -> None:
+        """Call a hook of every callback, and take over what it changed."""
+        if self.is_watched:
+            _assign(self.model.trainable_variables, map(ops.copy, self.state.adapters))
+            _assign(self.optimizer.variables, map(ops.copy, self.state.moments))
+        getattr(self._hooks, hook)(*arguments)
+        if self.is_watched:
+            sums = self.state.sums
+            self.state = start_state(self.model, self.optimizer)._replace(sums=sums)
+
+    def logs(self) -> dict[str, float] | None:
+        """Return the epoch's averages; None if nobody asks, as reading them waits."""
+        return averages(self.state.sums) if self.is_watched else None
+
+    def checkpoint(self, epoch: int, step: int, curve: LossCurve) -> Checkpoint:
+        """Return where the run stands, with the history of complete epochs."""
+        history = {name: values[:epoch] for name, values in self.history.history.items()}
+        return Checkpoint(epoch, step, history, curve.saved(epoch, step), self.state)
+
+
+def _validate(live: _Live, frozen: list, batches: Batches) -> dict[str, float]:
+    """Measure a run's held-out loss; {} if Ctrl-C was pressed meanwhile."""
+    step = measuring_step(live.model)
+    sums = jnp.zeros(3)
+    live.tell("on_test_begin")
+    for index, batch in enumerate(batches):
+        live.tell("on_test_batch_begin", index)
+        _wait_for_step_before(sums, index)
+        sums = step(sums, live.state.adapters, frozen, batch)
+        live.tell("on_test_batch_end", index)
+        if live.pressed:
+            # The loss of some of the records would be a wrong number.
+            return {}
+    logs = averages(sums, prefix="val_")
+    live.tell("on_test_end", logs)
+    return logs
+
+
+def measure_loss(model, batches: Batches, pressed: Sequence = ()) -> dict[str, float]:
+    """Measure loss (nats a token) and accuracy of a model as it is.
+
+    Returns:
+        {"loss": ..., "accuracy": ...}, or {} once `pressed` is not empty.
+    """
+    step = measuring_step(model)
+    adapters = [variable.value for variable in model.trainable_variables]
+    frozen = frozen_values(model)
+    sums = jnp.zeros(3)
+    for index, batch in enumerate(batches):
+        _wait_for_step_before(sums, index)
+        sums = step(sums, adapters, frozen, batch)
+        if pressed:
+            return {}
+    return averages(sums)
+
+
+def _before_and_after(live: _Live, batches: Batches) -> dict[str, float] | None:
+    """Return the held-out loss of base and tuned; None once Ctrl-C was pressed."""
+    tuned = live.history.history["val_loss"][-1]
+    if live.is_watched:
+        # A callback may have put back the weights of an earlier epoch.
+        tuned = measure_loss(live.model, batches, live.pressed).get("loss")
+    with adapters_off(live.model):
+        base = measure_loss(live.model, batches, live.pressed).get("loss")
+    return None if live.pressed else {"base": base, "tuned": tuned}
+
+
+def _wait_for_step_before(sums, index: int) -> None:
+    """On a CPU, wait for a step before the next begins.
+
+    The next one can then have its scratch memory, and no second one is needed. The C
+    library may have put something small into it; what is left over goes back to the
+    system now and then.
+    """
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(sums)
+        if index < 4 or index % 100 == 0:
+            runtime.return_memory()
+
+
+def _are_usable(arrays: list) -> bool:
+    """Whether arrays hold values: no failed step was given them or computed them."""
+    try:
+        jax.block_until_ready(arrays)
+    except Exception:
+        return False
+    return not any(array.is_deleted() for array in arrays)
+
+
+def _assign(variables: list[keras.Variable], values) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list]:
+    """Yield a list that Ctrl-C fills, so that a run ends between two steps.
+
+    Python allows signal handlers in the main thread only. Elsewhere nothing is caught.
+    """
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+
+    def stop(signum, frame):
+        pressed.append(True)
+        print("\nStopping after this step. The model stays usable.")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass
+class _Data:
+    """Records as a run needs them; the held-out ones are None where there are none."""
+
+    encoded: Encoded
+    batches: Batches
+    held_out: Encoded | None
+    held_out_batches: Batches | None
+
+
+def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, seed) -> _Data:
+    """Encode the records and put them into batches."""
     options = {
         "template": settings.template,
         "sequence_length": settings.sequence_length,
         "loss_on": loss_on,
     }
-    encoded = encode(model, train, **options)
     size = {"batch_size": batch_size, "batch_tokens": settings.batch_tokens}
-    batches = Batches(encoded, **size, seed=seed)
-    held_out = (
-        encode(model, validation, **options) if validation is not None and len(validation) else None
-    )
-    run = {
-        "rows": len(encoded.examples),
-        "tokens": int(encoded.lengths.sum()),
+    encoded = encode(model, train, **options)
+    data = _Data(encoded, Batches(encoded, **size, seed=seed), None, None)
+    if validation is not None and len(validation):
+        data.held_out = encode(model, validation, **options)
+        data.held_out_batches = Batches(data.held_out, **size)
+    return data
+
+
+def _settings(model, **chosen) -> Settings:
+    """Return what is recommended for a model, with what the caller chose instead."""
+    chosen["template"] = chosen["template"] or template_of(model)
+    given = {name: value for name, value in chosen.items() if value is not None}
+    settings = replace(recommended(model), **given)
+    if not settings.learning_rate > 0:
+        raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
+    return settings
+
+
+def _record(data: _Data, settings: Settings, epochs: int, batch_size, loss_on, seed) -> dict:
+    """Return what is known of a run before it begins, in JSON's types."""
+    size = {"batch_size": batch_size} if batch_size else {"batch_tokens": settings.batch_tokens}
+    return {
+        "rows": len(data.encoded.examples),
+        "tokens": int(data.encoded.lengths.sum()),
         "epochs": epochs,
-        **({"batch_size": batch_size} if batch_size else {}),
-        **{
-            name: getattr(settings, name)
-            for name in given
-            if not (batch_size and name == "batch_tokens")
-        },
+        **size,
+        "sequence_length": settings.sequence_length,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
         "template": get_template(settings.template).name,
         "loss_on": loss_on,
         "seed": seed,
     }
-    if verbose != 0:
-        shown = ", ".join(f"{name}={value}" for name, value in run.items())
-        print(textwrap.fill(f"One epoch is {len(batches):,} steps. {shown}", width=100))
-        for name, part in (("training", encoded), ("validation", held_out)):
-            if part is not None and (part.truncated or part.dropped):
-                print(
-                    f"Of the {name} records, {part.truncated:,} were cut to {settings.sequence_length} tokens and "
-                    f"{part.dropped:,} left out, as their prompt alone is longer."
-                )
-
-    trainer = trainer_of(model)
-    trainer.compile(optimizer=optimizer_for(settings))
-    curve, epoch, step, history, saved = LossCurve(batches), 0, 0, keras.callbacks.History(), None
-    if checkpoint_dir is not None:
-        same = {**run, **fingerprint(model, encoded)}
-        same.pop("epochs")  # more of them go on from fewer
-        saved = Checkpoints(
-            checkpoint_dir, trainer, batches, run=same, curve=curve, every=checkpoint_every
-        )
-        saved.resume()
-        epoch, step, history.history = saved.epoch, saved.step, saved.history
-    history.epoch = [*range(epoch)]
-    start, progress = time.monotonic(), Progress(batches, curve, epochs=epochs, verbose=verbose)
-
-    def after_step(logs, arrays):
-        curve.after_step(logs)
-        progress.after_step()
-        if saved:
-            saved.after_step(arrays)
-
-    trainer.after_step = after_step
-    options = {
-        "validation_data": None if held_out is None else Batches(held_out, **size),
-        "callbacks": [curve, *([saved] if saved else []), progress, *callbacks],
-        "shuffle": False,  # Batches shuffles, by the seed; Keras would draw from Python's global generator
-        "verbose": 0,
-    }
-    shape = dict(zip(("batch_size", "sequence_length"), batches.shape, strict=True))
-    with (
-        explained_out_of_memory(model, answering=False, **shape),
-        restored_if_lost(trainer),
-        stop_after_step(trainer),
-    ):
-        trainer.stop_training = False
-        while epoch < epochs and not trainer.stop_training:
-            batches.start(epoch, step=step)
-            last = (
-                epoch + 1 if step else epochs
-            )  # an epoch of which a part was done before has a length of its own
-            done = trainer.fit(batches, initial_epoch=epoch, epochs=last, **options)
-            history.epoch += done.epoch
-            for name, values in done.history.items():
-                history.history[name] = (
-                    history.history.get(name, [])[: len(history.epoch) - len(values)] + values
-                )
-            epoch, step = last, 0
-        if held_out and "val_loss" in history.history and not trainer.stop_training:
-            tuned = history.history["val_loss"][-1]
-            if callbacks:  # one may have put back the weights of an earlier epoch
-                tuned = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)[
-                    "loss"
-                ]
-            with adapters_off(model):
-                base = trainer.evaluate(options["validation_data"], verbose=0, return_dict=True)[
-                    "loss"
-                ]
-            if not trainer.stop_training:  # else: Ctrl-C, and the loss of a part
-                run["held_out_loss"] = {"base": float(base), "tuned": float(tuned)}
-    history.curve = curve.points
-    state.run = run | {
-        "template": get_template(settings.template),
-        "epochs": len(history.epoch),
-        "truncated": encoded.truncated,
-        "dropped": encoded.dropped,
-        "seconds": round(time.monotonic() - start, 1),
-        "history": {
-            name: [float(value) for value in values] for name, values in history.history.items()
-        },
-    }
-    return history
 
 
-def fingerprint(model, encoded: Encoded) -> dict[str, str]:
-    """Short sums that tell base models, adapters and rows apart."""
+def _announce(run: dict, data: _Data) -> None:
+    """Print a run's settings, and how many records were cut or left out."""
+    shown = ", ".join(f"{name}={value}" for name, value in run.items())
+    print(textwrap.fill(f"One epoch is {len(data.batches):,} steps. {shown}", width=100))
+    for name, part in (("training", data.encoded), ("validation", data.held_out)):
+        if part is not None and (part.truncated or part.dropped):
+            print(
+                f"Of the {name} records, {part.truncated:,} were cut to "
+                f"{run['sequence_length']} tokens and {part.dropped:,} left out, as their prompt "
+                "alone is longer."
+            )
+
+
+def _same_run(model, run: dict, encoded: Encoded) -> dict:
+    """Return what two calls must share for one to resume the other's run."""
     shapes = [(weight.path, *weight.shape) for weight in adapter_weights(model)]
-    contents = {"base": repr(fingerprints(model)).encode(), "adapters": repr(shapes).encode()}
-    contents["content of the rows"] = repr(encoded.examples).encode()
-    return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}
+    contents = {
+        "base": fingerprints(model),
+        "adapters": shapes,
+        "content of the rows": encoded.examples,
+    }
+    sums = {
+        name: hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+        for name, content in contents.items()
+    }
+    # A run of more epochs goes on from one of fewer.
+    options = {name: value for name, value in run.items() if name != "epochs"}
+    return options | sums
 
 
 def check_only_adapters_train(model) -> None:
-    """Raise a ValueError unless the model's trainable weights are its adapters, all of them."""
+    """Check that a model's trainable weights are its adapters, all of them.
+
+    Raises:
+        ValueError: There are no adapters, one is frozen, or a base weight trains.
+    """
     adapters = {weight.path for weight in adapter_weights(model)}
     if not adapters:
         raise ValueError(
             "The model has no adapters to train. Call gl.enable_lora(model, rank=4) first."
         )
     training = {weight.path for weight in model.trainable_variables}
-    extra, frozen = training - adapters, adapters - training
+    extra = training - adapters
+    frozen = adapters - training
     if extra or frozen:
-        wrong = (
-            f"{len(extra):,} base weights do too"
-            if extra
-            else f"{len(frozen):,} of them are frozen"
-        )
+        wrong = f"{len(extra):,} base weights do too" if extra else f"{len(frozen):,} are frozen"
         raise ValueError(
-            f"Only the adapters should train, but {wrong}: {min(extra or frozen)!r} is one. Setting `trainable` on a "
-            "model does that. Call gl.enable_lora() again, with the options it had: it freezes the base anew."
+            f"Only the adapters should train, but {wrong}: {min(extra or frozen)!r} is one. "
+            "Setting `trainable` on a model does that. Call gl.enable_lora() again with the "
+            "options it had: it freezes the base."
         )
-
-
-@contextmanager
-def restored_if_lost(trainer: keras.Model) -> Iterator[None]:
-    """If a step fails and takes the weights with it, put back those from before: on JAX a step overwrites its input."""
-    frozen = [(variable, variable.value) for variable in trainer.non_trainable_variables]
-    own = [(variable, ops.copy(variable.value)) for variable in trainer.trainable_variables]
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, FloatingPointError) or any(
-            _is_lost(variable) for variable, _ in [*frozen, *own]
-        ):
-            for variable, value in [*frozen, *own]:
-                variable.assign(value)
-        raise
-
-
-def _is_lost(variable: keras.Variable) -> bool:
-    try:
-        variable._value.block_until_ready()  # Keras takes values away while it trains, and a failed step's raise here
-        return False
-    except Exception:
-        return True

@@ -12,10 +12,14 @@ SHAPE = dict(num_layers=2, num_query_heads=4, hidden_dim=32, intermediate_dim=64
 FAMILIES = ("gemma", "gemma_many_kv", "gemma2", "gemma3")
 
 
-def random_gemma(family: str, dtype: str = "float32", seed: int = 0):
+def random_gemma(family: str, dtype: str = "float32", seed: int = 0, **options):
     keras.utils.clear_session(free_memory=False)
     vocabulary = VOCABULARY.read_bytes()
-    shape = SHAPE | {"num_key_value_heads": 1 if family == "gemma" else 2, "dtype": dtype}
+    shape = SHAPE | {
+        "num_key_value_heads": 1 if family == "gemma" else 2,
+        "dtype": dtype,
+        **options,
+    }
     models = keras_hub.models
     if family == "gemma3":
         tokenizer = models.Gemma3Tokenizer(proto=vocabulary, has_vision_tokens=False)

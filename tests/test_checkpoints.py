@@ -44,7 +44,8 @@ def start(folder, out, epochs, pause=0.0) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(25, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kills", [5, 25])
 def test_killed_at_random_moments_it_ends_with_the_very_same_adapter(tmp_path, kills):
     epochs = 2 + kills // 4  # each try gets some steps further
     assert start("none", tmp_path / "whole.npz", epochs).wait(timeout=300) == 0
@@ -173,6 +174,32 @@ def test_adapters_that_a_checkpoint_takes_the_place_of_are_said(tiny_factory, ro
     with pytest.warns(UserWarning, match="adapters are replaced"):
         gl.fit(model, rows, checkpoint_dir=tmp_path / "run", verbose=0)
     assert same(done, adapter_of(model))
+
+
+def test_a_checkpoint_in_mid_epoch_is_enough_for_the_very_same_adapter(
+    tiny_factory, rows, tmp_path
+):
+    """What a kill leaves: the newest file is of some step, and its process said no more."""
+    whole, parts = tiny_factory(), tiny_factory()
+    for model in (whole, parts):
+        gl.enable_lora(model)
+    history = gl.fit(whole, rows, epochs=2, checkpoint_dir=tmp_path / "whole", verbose=0)
+
+    class Killed(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 8:
+                raise SystemExit
+
+    options = {"epochs": 2, "checkpoint_dir": tmp_path / "run", "checkpoint_every": 3}
+    with pytest.raises(SystemExit):
+        gl.fit(parts, rows, callbacks=[Killed()], verbose=0, **options)
+    assert max((tmp_path / "run").iterdir()).stem == "0000-00000006"
+    parts = tiny_factory()
+    gl.enable_lora(parts)
+    again = gl.fit(parts, rows, verbose=0, **options)
+    assert same(adapter_of(whole), adapter_of(parts))
+    assert again.history == history.history
+    assert np.allclose(again.curve, history.curve, rtol=1e-6)
 
 
 DAMAGES = {

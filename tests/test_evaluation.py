@@ -2,13 +2,12 @@ import math
 import os
 import signal
 
-import keras
 import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora import training
 from gemma_lora.evaluation import Evaluation
-from gemma_lora.loss import trainer_of
 from gemma_lora.tiny.corpus import corpus
 
 
@@ -86,14 +85,11 @@ def test_what_was_cut_is_told(tiny):
 
 
 def test_ctrl_c_while_measuring_leaves_a_usable_model(tiny, monkeypatch):
-    trainer = trainer_of(tiny)
-    interrupt = keras.callbacks.LambdaCallback(
-        on_test_batch_end=lambda batch, logs: os.kill(os.getpid(), signal.SIGINT)
-    )
-    evaluate = trainer.evaluate
-    monkeypatch.setattr(
-        trainer, "evaluate", lambda *a, **k: evaluate(*a, callbacks=[interrupt], **k)
-    )
+    def interrupt(sums, index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "_wait_for_step_before", interrupt)
     with pytest.raises(KeyboardInterrupt):
         gl.evaluate(tiny, gl.load_tiny_world()[1].select(range(40)), answers=False)
     assert gl.generate(

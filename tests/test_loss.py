@@ -1,5 +1,7 @@
 """The chunked loss against the plain one, values and gradients, and a step against its rows one by one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 import gemma_lora as gl
 from gemma_lora.batches import Batches
-from gemma_lora.loss import CHUNK, chunked_cross_entropy, trainer_of
+from gemma_lora.loss import CHUNK, chunked_cross_entropy, frozen_values, records_apart, token_loss
 from gemma_lora.tokens import encode
 
 
@@ -55,22 +57,18 @@ def test_it_is_the_plain_loss_with_its_gradient(tokens, vocabulary, share, cappe
 
 def gradients(model, batches) -> tuple[list, float]:
     """Sums of the gradients of all batches, each times its tokens, and the tokens."""
-    trainer = trainer_of(model)
-    frozen, metrics = (
-        [v.value for v in vs] for vs in (trainer.non_trainable_variables, trainer.metrics_variables)
-    )
-    own = [v.value for v in trainer.trainable_variables]
-    slope = jax.jit(
-        jax.grad(trainer.compute_loss_and_updates, has_aux=True), static_argnames="training"
-    )
-    sums, tokens = [0.0] * len(own), 0.0
-    for x, y, weights in (batches[i] for i in range(len(batches))):
-        found, _ = slope(own, frozen, metrics, x, y, weights, training=True, optimizer_variables=[])
+    adapters, frozen = [v.value for v in model.trainable_variables], frozen_values(model)
+    gradient = jax.jit(jax.grad(partial(token_loss, model, gradient=True), has_aux=True))
+    sums, tokens = [0.0] * len(adapters), 0.0
+    for batch in (batches[i] for i in range(len(batches))):
+        slopes, (counts, _) = gradient(adapters, frozen, batch)
+        count = float(counts[2])
+        assert count == batch[2].sum()
         sums = [
-            total + weights.sum() * np.asarray(one, "float64")
-            for total, one in zip(sums, found, strict=True)
+            total + count * np.asarray(slope, "float64")
+            for total, slope in zip(sums, slopes, strict=True)
         ]
-        tokens += weights.sum()
+        tokens += count
     return sums, tokens
 
 
@@ -117,11 +115,13 @@ def test_no_record_sees_another_of_its_row(random_model, family):
     model = random_model(family)
     rng = np.random.default_rng(0)
     one, other, third = (rng.integers(4, 200, (1, n)) for n in (9, 20, 20))
-    trainer, hidden = trainer_of(model), []
+    hidden = []
     for before in (other, third):
         ids = np.concatenate([before, one, one], axis=1)
         numbers = np.array([[1] * 20 + [2] * 9 + [3] * 9])
-        hidden.append(np.asarray(trainer({"token_ids": ids, "padding_mask": numbers}))[0])
+        with records_apart(model):
+            states = model.backbone({"token_ids": ids, "padding_mask": numbers})
+        hidden.append(np.asarray(states)[0])
     alone = np.asarray(model.backbone({"token_ids": one, "padding_mask": np.ones_like(one)}))[0]
     for part in (hidden[0][20:29], hidden[1][20:29], hidden[0][29:]):
         np.testing.assert_allclose(part, alone, atol=1e-5)

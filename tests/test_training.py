@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gemma_lora as gl
+from gemma_lora import loss, training
 from gemma_lora.batches import Batches
 from gemma_lora.lora import lora_layers
-from gemma_lora.loss import trainer_of
+from gemma_lora.loss import averages, frozen_values, measuring_step
 from gemma_lora.tokens import encode
+from gemma_lora.training import measure_loss
 
 DOLLY = Path(__file__).parents[2] / "shared/data/dolly_open_qa_3000.jsonl"
 
@@ -56,12 +58,9 @@ def test_one_epoch_lowers_the_loss_of_each_family(random_model, world, family):
 def test_loss_is_the_mean_over_real_tokens_whatever_the_batches(tiny, world):
     """The reported loss is the plain mean over response tokens: no padding, no weighting by batch."""
     expected = token_losses(tiny, encode(tiny, world[1])).mean()
-    trainer = trainer_of(tiny)
     for batch_size in (3, 16):
         batches = Batches(encode(tiny, world[1]), batch_size=batch_size)
-        assert trainer.evaluate(batches, verbose=0, return_dict=True)["loss"] == pytest.approx(
-            expected, rel=1e-5
-        )
+        assert measure_loss(tiny, batches)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_validation_loss_is_that_of_evaluate(tiny_lora, world):
@@ -171,6 +170,73 @@ def test_ctrl_c_leaves_a_usable_model_and_a_history(tiny_lora, world):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Failing(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            raise OSError("the disk is gone")
+
+
+def test_a_callback_that_fails_costs_nothing_of_what_was_learned(tiny_lora, world):
+    before = weights_of(tiny_lora)
+    optimizer = tiny_lora.optimizer
+    with pytest.raises(OSError, match="the disk is gone"):
+        gl.fit(tiny_lora, world[0], callbacks=[Failing()], verbose=0)
+    after = weights_of(tiny_lora)
+    assert all(np.array_equal(after[p], before[p]) != ("lora" in p) for p in before)
+    assert tiny_lora.optimizer is optimizer
+
+
+def test_a_step_that_fails_leaves_base_and_adapters_as_they_were(tiny_lora, world, monkeypatch):
+    """The third step deletes what it was given, as XLA does when memory runs out in it."""
+    before = weights_of(tiny_lora)
+    compiled = loss.training_step
+
+    def breaking(model, optimizer):
+        step, calls = compiled(model, optimizer), []
+
+        def third_fails(adapters, moments, *rest):
+            calls.append(1)
+            if len(calls) < 3:
+                return step(adapters, moments, *rest)
+            for array in [*adapters, *moments]:
+                array.delete()
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+        return third_fails
+
+    monkeypatch.setattr(training, "training_step", breaking)
+    with pytest.raises(MemoryError, match="Out of memory while training"):
+        gl.fit(tiny_lora, world[0], verbose=0)
+    assert all(np.array_equal(value, before[path]) for path, value in weights_of(tiny_lora).items())
+    monkeypatch.undo()
+    gl.fit(tiny_lora, world[0].select(range(8)), verbose=0)
+
+
+def test_callbacks_see_the_weights_and_the_optimizer_of_each_step(tiny_lora, world):
+    """A callback that zeroes B after each step, and one that sets the rate, are obeyed."""
+    layers = lora_layers(tiny_lora).values()
+    rates = []
+
+    class Meddler(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(self.model.optimizer.learning_rate))
+            self.model.optimizer.learning_rate = 1e-3
+            for layer in layers:
+                assert np.any(layer.lora_kernel_b)
+                layer.lora_kernel_b.assign(np.zeros(layer.lora_kernel_b.shape))
+
+    gl.fit(tiny_lora, world[0].select(range(16)), callbacks=[Meddler()], verbose=0)
+    assert rates[0] == pytest.approx(5e-3) and rates[1:] == pytest.approx([1e-3] * len(rates[1:]))
+    assert not any(np.any(layer.lora_kernel_b) for layer in layers)
+
+
+def test_dropout_draws_anew_at_each_step(random_model, world):
+    model = random_model("gemma", dropout=0.5)
+    gl.enable_lora(model, seed=0)
+    history = gl.fit(model, world[0].select(range(4)), epochs=3, learning_rate=1e-12, verbose=0)
+    assert len(set(history.history["loss"])) == 3
+
+
 @pytest.mark.skipif(
     not DOLLY.exists(), reason="the real Dolly rows lie beside the project, and are not here"
 )
@@ -192,19 +258,18 @@ def test_the_curve_is_the_loss_of_each_part_of_an_epoch(tiny_factory):
     assert len(losses) == 40
     assert epochs[19] == 1
     assert epochs[39] == 2
-    batches, trainer = Batches(encode(model, train), batch_size=2, seed=0), trainer_of(model)
+    batches = Batches(encode(model, train), batch_size=2, seed=0)
+    adapters = [variable.value for variable in model.trainable_variables]
+    step, frozen = measuring_step(model), frozen_values(model)
     for epoch, points in enumerate((history.curve[:20], history.curve[20:])):
         batches.start(epoch)
         order = [batches[i] for i in range(len(batches))]
         steps = [0, *(round(epoch % 1 * len(order)) or len(order) for epoch, _ in points)]
-        for start, stop, (_, loss) in zip(steps, steps[1:], points, strict=False):
-            sums = np.zeros(2)
-            for x, y, weights in order[start:stop]:
-                measured = trainer.evaluate(
-                    x, y, sample_weight=weights, batch_size=2, verbose=0, return_dict=True
-                )
-                sums += measured["loss"] * weights.sum(), weights.sum()
-            assert abs(loss - sums[0] / sums[1]) < 1e-3
+        for start, stop, (_, expected) in zip(steps, steps[1:], points, strict=False):
+            sums = np.zeros(3, "float32")
+            for batch in order[start:stop]:
+                sums = step(sums, adapters, frozen, batch)
+            assert abs(expected - averages(sums)["loss"]) < 1e-3
 
 
 TEXTS = st.one_of(

@@ -210,11 +210,7 @@ def steps(folder, rows, repeats, shape):
     gl.setup(seed=0)
     import jax
     import jax.numpy as jnp
-    import keras
     import numpy as np
-
-    from gemma_lora.loss import optimizer_for, trainer_of
-    from gemma_lora.models import recommended
 
     ids = np.random.default_rng(0).integers(4, 8000, shape).astype("int32")
     batch = (
@@ -223,28 +219,19 @@ def steps(folder, rows, repeats, shape):
         np.ones(ids.shape, "float32"),
     )
 
-    class Same(keras.utils.PyDataset):
-        def __len__(self):
-            return 10
-
-        def __getitem__(self, index):
-            return batch
+    # Each is cut to the whole length, so that every token of every batch is a real one.
+    record = {"instruction": "Name rivers.", "context": "", "response": "river " * shape[1]}
+    records = [record] * (10 * shape[0])
+    size = {"batch_size": shape[0], "sequence_length": shape[1]}
 
     def fit_of(targets):
         model = gl.load(folder / "keras")
         gl.enable_lora(model, rank=4, targets=targets)
-        trainer = trainer_of(model)
-        trainer.compile(optimizer=optimizer_for(recommended(model)))
-        ends = []
-        start = keras.callbacks.LambdaCallback(
-            on_train_batch_begin=lambda step, logs: ends.append(time.monotonic())
-        )
 
         def ten_steps():
-            ends.clear()
-            trainer.fit(Same(), callbacks=[start], verbose=0)
-            ends.append(time.monotonic())
-            return (ends[-1] - ends[0]) / 10
+            start = time.monotonic()
+            gl.fit(model, records, **size, loss_on="all", verbose=0)
+            return (time.monotonic() - start) / 10
 
         return ten_steps
 
@@ -365,7 +352,6 @@ def tiny_ours(folder, rows, repeats, target):
     import numpy as np
 
     from gemma_lora.lora import adapter_weights
-    from gemma_lora.loss import trainer_of
 
     train, held_out = gl.load_tiny_world()
     model = gl.load("tiny_gemma_en")
@@ -379,7 +365,7 @@ def tiny_ours(folder, rows, repeats, target):
 
         def clock(step, logs, ends=ends, most=most):
             ends.append(time.monotonic())
-            trainer_of(model).stop_training = step + 1 >= most
+            model.stop_training = step + 1 >= most
 
         stop = keras.callbacks.LambdaCallback(on_train_batch_end=clock)
         gl.fit(model, train, callbacks=[stop], verbose=0)
