@@ -131,10 +131,11 @@ def fit(
     progress = Progress(data.batches, curve, epochs=epochs, verbose=verbose)
     shape = dict(zip(("batch_size", "sequence_length"), data.batches.shape, strict=True))
     with explained_out_of_memory(model, answering=False, **shape), _ctrl_c() as pressed:
-        live = _Live(model, optimizer, begin.state, callbacks, pressed)
+        params = {"epochs": epochs, "steps": len(data.batches), "verbose": 0}
+        live = _Live(model, optimizer, begin.state, callbacks, params, pressed)
         history = _train(live, data, begin, epochs, (curve, progress, checkpoints))
         if "val_loss" in history.history and not pressed:
-            run["held_out_loss"] = _before_and_after(live, data.held_out_batches)
+            run |= _before_and_after(live, data.held_out_batches)
     state_of(model).run = run | {
         "template": get_template(settings.template),
         "epochs": len(history.epoch),
@@ -165,6 +166,7 @@ def _train(
         for epoch in range(begin.epoch, epochs):
             data.batches.start(epoch, step=first)
             if first == 0:
+                # Else the epoch is resumed, and goes on with its sums.
                 live.state = live.state._replace(sums=jnp.zeros(3))
             curve.start_epoch(epoch)
             progress.start_epoch(epoch)
@@ -214,14 +216,15 @@ class _Live:
         pressed: Not empty once Ctrl-C was pressed.
     """
 
-    def __init__(self, model, optimizer, state: TrainState, callbacks: Sequence, pressed: list):
+    def __init__(self, model, optimizer, state: TrainState, callbacks, params: dict, pressed: list):
         self.model = model
         self.optimizer = optimizer
         self.state = state
         self.pressed = pressed
         self.history = keras.callbacks.History()
         self.is_watched = bool(callbacks)
-        self._hooks = keras.callbacks.CallbackList([*callbacks, self.history], model=model)
+        hooks = [*callbacks, self.history]
+        self._hooks = keras.callbacks.CallbackList(hooks, model=model, **params)
         self._adapters_before = [variable.value for variable in model.trainable_variables]
         self._optimizer_before = getattr(model, "optimizer", None)
 
@@ -300,15 +303,15 @@ def measure_loss(model, batches: Batches, pressed: Sequence = ()) -> dict[str, f
     return averages(sums)
 
 
-def _before_and_after(live: _Live, batches: Batches) -> dict[str, float] | None:
-    """Return the held-out loss of base and tuned; None once Ctrl-C was pressed."""
+def _before_and_after(live: _Live, batches: Batches) -> dict[str, dict[str, float]]:
+    """Measure the held-out loss of base and tuned; {} once Ctrl-C was pressed."""
     tuned = live.history.history["val_loss"][-1]
     if live.is_watched:
         # A callback may have put back the weights of an earlier epoch.
         tuned = measure_loss(live.model, batches, live.pressed).get("loss")
     with adapters_off(live.model):
         base = measure_loss(live.model, batches, live.pressed).get("loss")
-    return None if live.pressed else {"base": base, "tuned": tuned}
+    return {} if live.pressed else {"held_out_loss": {"base": base, "tuned": tuned}}
 
 
 def _wait_for_step_before(sums, index: int) -> None:
