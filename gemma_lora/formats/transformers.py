@@ -112,11 +112,12 @@ def _family(model, traits: SimpleNamespace) -> str:
         raise ValueError(
             f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {traits.kind}"
         )
-    quantized = [path for path, layer in linear_layers(model).items() if layer.quantization_mode]
+    layers = linear_layers(model)
+    quantized = [path for path, layer in layers.items() if layer.quantization_mode]
     if quantized:
         raise ValueError(
-            f"{len(quantized)} layers are quantized, {quantized[0]} among them. Load the base in "
-            "bfloat16 or float32, and export that."
+            f"{len(quantized)} of {len(layers)} layers are quantized, such as {quantized[0]}. "
+            "Load the base in bfloat16 or float32, and export that."
         )
     if not traits.ties_weights:
         raise ValueError(
