@@ -1,4 +1,8 @@
+"""Exports: what is written, what KerasHub reads of it, and what is refused."""
+
+import hashlib
 import json
+from types import SimpleNamespace
 
 import families
 import jinja2
@@ -11,7 +15,7 @@ from test_lora import logits, randomize_adapters
 import gemma_lora as gl
 from gemma_lora.formats import card as cards
 from gemma_lora.formats import transformers as transformers_format
-from gemma_lora.lora import merged_kernel
+from gemma_lora.lora import linear_layers, lora_layers, merged_kernel
 from gemma_lora.tokens import tokenizer_of
 
 
@@ -23,7 +27,7 @@ def tuned(model, **options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keras_hub_reads_what_is_exported(random_model, tmp_path, family):
-    """The readers in torch are in tests/peers; KerasHub's own reader of Transformers' format needs none."""
+    """KerasHub reads Transformers' format without torch; other readers: tests/peers."""
     model = tuned(random_model(family))
     before = logits(model)
     gl.export_transformers(model, tmp_path, verify=False)
@@ -111,9 +115,8 @@ def test_a_base_that_divides_by_another_root_is_computed_and_exported_so(
     gl.export_transformers(model, tmp_path / "one", verify=False)
     config = json.loads((tmp_path / "one/config.json").read_text())
     assert config["query_pre_attn_scalar"] == 16
-    (tmp_path / "one/config.json").write_text(
-        json.dumps(config | {"query_pre_attn_scalar": 8})
-    )  # 32 / 4 heads
+    # The other root: the hidden size, 32, by 4 heads.
+    (tmp_path / "one/config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 8}))
     other = gl.load(tmp_path / "one")
     assert np.abs(logits(other) - logits(model)).max() > 1e-3
     gl.export_transformers(other, tmp_path / "two", verify=False)
@@ -134,10 +137,54 @@ def test_the_result_says_what_was_checked(random_model, tmp_path):
 
 def test_what_cannot_be_exported_is_said(random_model, tmp_path):
     model = random_model("gemma")
-    model.backbone.quantize("int8")
-    with pytest.raises(ValueError, match="quantized"):
+    linear_layers(model)["decoder_block_1/ffw_linear"].quantize("int8")
+    with pytest.raises(ValueError, match="1 of 14 layers are quantized, such as decoder_block_1"):
         gl.export_transformers(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "owner", "attribute", "value", "message"),
+    [
+        ("gemma", "backbone", "vision_encoder", object(), "text models can be exported"),
+        ("gemma", "embedding", "tie_weights", False, "its own weights"),
+        ("gemma", "backbone", "final_logit_soft_cap", 30.0, "these soft caps"),
+        ("gemma", "attention", "logit_soft_cap", 50.0, "these soft caps"),
+        ("gemma", "block", "use_post_ffw_norm", True, "these norms"),
+        ("gemma3", "block", "use_post_attention_norm", False, "these norms"),
+    ],
+)
+def test_an_architecture_that_transformers_lacks_is_refused(
+    random_model, tmp_path, monkeypatch, family, owner, attribute, value, message
+):
+    model = random_model(family)
+    backbone = model.backbone
+    block = backbone.transformer_layers[0]
+    owners = {
+        "backbone": backbone,
+        "embedding": backbone.token_embedding,
+        "block": block,
+        "attention": block.attention,
+    }
+    monkeypatch.setattr(owners[owner], attribute, value, raising=False)
+    with pytest.raises(ValueError, match=message):
+        gl.export_transformers(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_verifying_needs_its_reader(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_format, "find_spec", lambda name: None)
+    result = gl.export_transformers(tiny, tmp_path)
+    assert "Not checked: torch and transformers not installed" in result.checked
+    with pytest.raises(ValueError, match="pip install torch transformers"):
+        gl.export_transformers(tiny, tmp_path, verify=True)
+
+
+def test_verifying_needs_memory(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers_format, "find_spec", lambda name: name)
+    free = SimpleNamespace(available=2**20)
+    monkeypatch.setattr(transformers_format.psutil, "virtual_memory", lambda: free)
+    assert "0.0 are free" in gl.export_transformers(tiny, tmp_path).checked
 
 
 def test_the_card_says_what_it_is_and_a_page_of_the_users_stays(tiny_tuned, tmp_path, monkeypatch):
@@ -149,7 +196,14 @@ def test_the_card_says_what_it_is_and_a_page_of_the_users_stays(tiny_tuned, tmp_
         (tmp_path / "README.md").write_text(page)
         gl.save_adapter(tiny_tuned, tmp_path)
         assert (tmp_path / "README.md").read_text() == page
-    (tmp_path / "README.md").write_text(card)
+    # A card of the former kind, its mark below the head, counts as unedited as well.
+    mark = card.splitlines()[-1]
+    text = card.removesuffix(f"{mark}\n")
+    former = hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = text.replace("---\n\n#", f"---\n<!-- written by gemma_lora, {former} -->\n#", 1)
+    (tmp_path / "README.md").write_text(text)
+    gl.save_adapter(tiny_tuned, tmp_path)
+    assert (tmp_path / "README.md").read_text() == card
     gl.export_peft(tiny_tuned, tmp_path)
     assert "peft.PeftModel" in (tmp_path / "README.md").read_text()
     assert "Gemma Terms of Use" not in card
@@ -161,8 +215,18 @@ def test_the_card_says_what_it_is_and_a_page_of_the_users_stays(tiny_tuned, tmp_
         tiny_tuned.gemma_lora.preset = "tiny_gemma_en"
 
 
-@pytest.mark.parametrize("targets", ["query_value", "all_linear", ("key", "attention_output")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        pytest.param(
+            family,
+            targets,
+            marks=[] if targets == "all_linear" or family == "gemma2" else pytest.mark.full,
+        )
+        for family in FAMILIES
+        for targets in ("query_value", "all_linear", ("key", "attention_output"))
+    ],
+)
 def test_to_peft_and_back(random_model, tmp_path, family, targets):
     model = tuned(random_model(family), targets=targets)
     gl.export_peft(model, tmp_path)
@@ -175,7 +239,7 @@ def test_to_peft_and_back(random_model, tmp_path, family, targets):
 def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(
     random_model, tmp_path
 ):
-    """Each head with a factor B of its own: of rank 2 in PEFT, of rank 8 (the size of a head) in KerasHub."""
+    """Each head has its own B: rank 2 in PEFT is rank 8, a head's size, in KerasHub."""
     model, numbers = random_model("gemma"), np.random.default_rng(0)
     gl.export_peft(tuned(model, rank=2, targets="query"), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -200,13 +264,19 @@ def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(
     assert np.allclose(transformers_format.matrix(layer, update), expected, atol=1e-5)
 
 
+ONE = np.ones((1, 1), "float32")
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "no plain LoRA"),
-        ({"use_dora": True}, "no plain LoRA"),
+        ({"peft_type": "IA3"}, "not a plain LoRA adapter"),
+        ({"use_dora": True}, "not a plain LoRA adapter"),
         ({"rank_pattern": {}}, "not of rank"),
-        ({"init_lora_weights": "pissa"}, "no plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "not a plain LoRA adapter"),
+        ({"alora_invocation_tokens": [1]}, "not a plain LoRA adapter"),
+        ({"rank_pattern": {"o_proj": 4}}, "not of rank"),
     ],
 )
 def test_other_adapters_of_peft_are_refused(random_model, tmp_path, change, message):
@@ -215,6 +285,38 @@ def test_other_adapters_of_peft_are_refused(random_model, tmp_path, change, mess
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         gl.load_adapter(random_model("gemma"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.clear(), "no tensors"),
+        (lambda t: t.pop(LAYER.format("A")), "only one of the factors"),
+        (lambda t: t.update({LAYER.format("magnitude_vector"): ONE}), "no place for 1 of its"),
+        (lambda t: t.update({LAYER.replace(".0.", ".7.").format("A"): ONE}), "no place for"),
+        (lambda t: t.update({"model.layers.0.mlp.lora_A.weight": ONE}), "no place for"),
+        (lambda t: t.update({LAYER.format("B"): np.ones((32, 5), "float32")}), "not of rank"),
+        (lambda t: t.update({LAYER.format("B"): np.ones((9, 12), "float32")}), "cannot be read"),
+        (lambda t: t[LAYER.format("A")].fill(np.nan), "no numbers"),
+    ],
+)
+def test_damaged_tensors_of_peft_are_refused(random_model, tmp_path, change, message):
+    gl.export_peft(tuned(random_model("gemma"), targets="query"), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = random_model("gemma")
+    with pytest.raises(ValueError, match=message):
+        gl.load_adapter(model, tmp_path)
+    assert not lora_layers(model)
+
+
+def test_peft_scales_by_the_square_root_with_rslora(random_model, tmp_path):
+    gl.export_peft(tuned(random_model("gemma"), targets="attention_output"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    summary = gl.load_adapter(random_model("gemma"), tmp_path)
+    assert summary.alpha / summary.rank == pytest.approx(6 / 3**0.5)
 
 
 def test_peft_scales_modules_by_patterns_of_their_whole_names(random_model, tmp_path):

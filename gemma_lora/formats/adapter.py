@@ -1,19 +1,28 @@
-"""An adapter as a file: safetensors by layer path, and beside it what it belongs to."""
+"""Save a model's adapter as one file, and load an adapter from any format we know.
+
+Our own format is safetensors by layer path, with a description of the adapter in the
+file's metadata: one file, so nothing has to be kept consistent. `load_adapter` also
+reads PEFT's folders (`peft.py` knows how), `.lora.h5` files of stock Keras, and the two
+files that gemma_lora wrote before. Whatever it reads, it checks all of it before it
+touches the model.
+"""
 
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
+import keras
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from gemma_lora.formats import card, peft
+from gemma_lora.formats import peft
+from gemma_lora.formats.card import base_name, describe, model_card, write_card, write_file
 from gemma_lora.lora import (
     LoraSummary,
     detach,
@@ -28,267 +37,435 @@ from gemma_lora.lora import (
 from gemma_lora.models import state_of
 from gemma_lora.templates import Template
 
-FORMAT = 1
-_OLD = ".old"
+FORMAT = 2
+_FILE = "adapter.safetensors"
+_METADATA_KEY = "gemma_lora"
+# Format 1 kept its description in a file of its own. A save that was cut off could
+# leave the former tensors under the second name.
+_FORMAT_1_DESCRIPTION = "adapter.json"
+_FORMAT_1_OLD_TENSORS = "adapter.safetensors.old"
+# What a description holds whatever format it was read from.
+_NEEDED = ("rank", "alpha", "targets", "seed", "run")
+# Mismatches that an error lists before it only counts the others.
+_LISTED = 6
 
 
 def save_adapter(model, folder: str | Path) -> Path:
-    """Save a model's adapters as `adapter.safetensors` and `adapter.json`, with a page that says how to load them.
+    """Save a model's adapter as one file, with a model card beside it.
 
-    The tensors are named "<layer path>/a" and "/b", float32, in Keras's shapes; the JSON holds the base's name and
-    fingerprints, rank, alpha, targets, seed, the record of the training run, versions, and a checksum of it all.
+    In `adapter.safetensors`, tensors are named "<layer path>/a" and "/b"; they are
+    float32, in Keras's shapes.
+    The file's metadata holds a description in JSON: the base's name and fingerprints,
+    rank, alpha, targets, seed, the record of the training run, versions, and a checksum
+    over everything. Anybody can read it, without this library:
+
+    >>> import json, safetensors, tempfile
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> _ = gl.enable_lora(model, rank=4)
+    >>> folder = gl.save_adapter(model, tempfile.mkdtemp())
+    >>> with safetensors.safe_open(folder / "adapter.safetensors", "numpy") as file:
+    ...     description = json.loads(file.metadata()["gemma_lora"])
+    >>> description["base"], description["rank"], description["targets"]
+    ('tiny_gemma_en', 4, ['query', 'value'])
 
     Args:
         model: A model with adapters.
-        folder: Made if it is not there, and returned; an adapter in it is replaced.
+        folder: Where to save; it is created if needed. An adapter in it is replaced at
+            one stroke: if the process ends meanwhile, the old one is there, or the new.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model has no adapters.
     """
-    state = state_of(model)
-    if state.lora is None:
+    lora = state_of(model).lora
+    if lora is None:
         raise ValueError(
             "The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first."
         )
     folder = Path(folder).expanduser()
-    tensors = save(
-        {
-            name: np.asarray(weight.value, dtype="float32")
-            for name, weight in _tensors(model).items()
-        }
-    )
-    about = {"format": FORMAT, **card.about(model)}
-    about |= {"rank": state.lora.rank, "alpha": state.lora.alpha, "targets": [*state.lora.targets]}
-    about["seed"] = state.lora.seed
-    about["versions"] = {
-        name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")
+    description = {
+        "format": FORMAT,
+        **describe(model),
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": [*lora.targets],
+        "seed": lora.seed,
+        "versions": {name: version(name) for name in ("gemma-lora", "keras", "keras-hub", "jax")},
     }
-    text = json.dumps(about | {"checksum": _checksum(about, tensors)}, indent=2)
+    tensors = {
+        name: np.asarray(variable.value, "float32") for name, variable in _variables(model).items()
+    }
+    description["checksum"] = _checksum(description, tensors)
+    content = save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
     folder.mkdir(parents=True, exist_ok=True)
-    _replace({folder / "adapter.safetensors": tensors, folder / "adapter.json": text.encode()})
-    card.write_card(folder, card.model_card(model, kind="adapter"))
+    write_file(folder / _FILE, content)
+    # Only now, and not needed: the reader prefers the description in the file of
+    # tensors.
+    for name in (_FORMAT_1_DESCRIPTION, _FORMAT_1_OLD_TENSORS):
+        (folder / name).unlink(missing_ok=True)
+    write_card(folder, model_card(model, kind="adapter"))
     return folder
 
 
 def load_adapter(model, source: str | Path, *, targets=None, force: bool = False) -> LoraSummary:
-    """Put a saved adapter on a model: LoRA on the right layers, and the weights, exactly.
+    """Put a saved adapter on a model: LoRA on the right layers, and its exact weights.
 
-    An adapter that the model has is replaced; with the same rank, alpha and targets nothing is compiled anew.
+    An adapter that the model has is replaced. If the new one has the same rank, alpha
+    and targets, nothing is compiled again.
 
     Args:
         model: The adapter's base.
-        source: A folder that `save_adapter` wrote; a folder in PEFT's format; or a `.lora.h5` file of stock Keras.
-        targets: The layers it was made for. A `.lora.h5` file numbers layers, so there it is asked for what they should
-            be: None means query and value.
-        force: Take a base of the right shapes whose weights differ from those that the adapter was made for.
+        source: A folder from `gl.save_adapter`, a folder in PEFT's format, or a
+            `.lora.h5` file of stock Keras.
+        targets: The layers that the adapter was made for, as in `gl.enable_lora`. None
+            takes what the adapter says. A `.lora.h5` file numbers its layers and names
+            none: there, None means query and value.
+        force: Whether to accept a base whose weights differ from those that the adapter
+            was made for. Its shapes must still be the same.
 
     Returns:
-        What `enable_lora` returns.
+        What `gl.enable_lora` returns.
 
     Raises:
-        FileNotFoundError: There is no adapter.
-        ValueError: It was cut or altered, or belongs to another base: the text says what differs. The model is left as
-            it was.
+        FileNotFoundError: If there is no adapter.
+        ValueError: If the adapter was cut or altered, or belongs to another base; the
+            text says what differs. The model stays as it was.
     """
-    if "://" in str(source):
-        raise FileNotFoundError(
-            f"{source} is an address: download it, and pass the folder that it is in then."
-        )
-    state, source = state_of(model), Path(source).expanduser()
-    if source.suffix == ".h5":
-        about, tensors = _read(source, lambda: _read_keras(model, source))
+    description, tensors = _read(model, source)
+    if Path(source).suffix == ".h5":
         targets = targets or "query_value"
-    elif (source / "adapter_config.json").is_file() and not (source / "adapter.json").is_file():
-        about, tensors = _read(source, lambda: peft.read(model, source))
+    description["targets"] = _checked_targets(model, source, description, targets)
+    _check_numbers(source, description, tensors)
+    _check_fits(model, source, description, tensors)
+    _check_base(model, source, description, force)
+
+    # Nothing has changed so far, and nothing is left to go wrong.
+    state = state_of(model)
+    old = state.lora
+    options = {name: description[name] for name in ("rank", "alpha", "targets")}
+    if old and options == {"rank": old.rank, "alpha": old.alpha, "targets": old.targets}:
+        summary = enable_lora(model, **options)
     else:
-        about, tensors = _read(source, lambda: _read_own(source))
-    _check_targets(model, source, about, targets)
-    _check_fits(model, source, about, tensors)
-    _check_base(model, source, about, force)
-    lora = state.lora
-    if lora and (lora.rank, lora.alpha, lora.targets) != (
-        about["rank"],
-        about["alpha"],
-        about["targets"],
-    ):
-        lora = None
-    if lora is None:
         detach(model)
-    options = {name: about[name] for name in ("rank", "alpha", "targets")}
-    summary = enable_lora(model, **options, seed=None if lora else about["seed"])
-    if about["seed"] is not None:
-        state.lora = summary = replace(summary, seed=about["seed"])
-    for name, weight in _tensors(model).items():
-        weight.assign(tensors[name])
-    state.run = about["run"]
+        summary = enable_lora(model, **options, seed=description["seed"])
+    if description["seed"] is not None:
+        summary = replace(summary, seed=description["seed"])
+        state.lora = summary
+    for name, variable in _variables(model).items():
+        variable.assign(tensors[name])
+    state.run = description["run"]
     return summary
 
 
-def _read(source: Path, read: Callable) -> tuple[dict, dict]:
-    """What there is to read, with rank, alpha, targets, seed and run; or a sentence why not."""
-    if not source.exists():
-        raise FileNotFoundError(f"There is no {source}.")
+class DescribedBase(NamedTuple):
+    """What a folder says of the model that it is, or that it was made from.
+
+    Attributes:
+        name: The base's name, or "". PEFT's config may give a folder's path.
+        vocabulary_size: The number of tokens, or None if no file says it.
+    """
+
+    name: str
+    vocabulary_size: int | None
+
+
+def described_base(folder: Path) -> DescribedBase:
+    """Read which base a folder of any of our formats belongs to; no model is needed.
+
+    An adapter of ours, one in PEFT's format, a KerasHub preset and a model for
+    Transformers all say it, each in a file of its own.
+
+    Raises:
+        ValueError: If one of these files cannot be read.
+    """
+    name = ""
+    size = None
+    # The first that says it wins: PEFT's own before our note beside it, as PEFT will
+    # look for that base; an adapter's newer description before one of format 1.
+    for file_name in (
+        "config.json",
+        "adapter_config.json",
+        peft.DESCRIPTION_FILE,
+        _FILE,
+        _FORMAT_1_DESCRIPTION,
+    ):
+        path = folder / file_name
+        if not path.is_file():
+            continue
+        try:
+            text = _embedded_text(path) if file_name == _FILE else path.read_text("utf-8")
+            said = {} if text is None else json.loads(text)
+            # A KerasHub preset keeps its numbers one level further in.
+            numbers = said.get("config", said)
+            name = name or said.get("base_model_name_or_path") or said.get("base") or ""
+            size = size or numbers.get("vocabulary_size") or numbers.get("vocab_size")
+            if not isinstance(name, str):
+                raise TypeError(f"the base is not a name, but {name!r}")
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {error}. Save or export it again.") from error
+    return DescribedBase(name, size)
+
+
+def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read an adapter of any format.
+
+    Returns:
+        A description with at least rank, alpha, targets (a tuple of names), seed and
+        run; and float32 tensors by "<layer path>/a" and "/b".
+    """
+    if "://" in str(source):
+        raise FileNotFoundError(
+            f"{source} is an address. Download it, and pass the folder that it is in then."
+        )
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path}.")
+    own = (path / _FILE).is_file() or (path / _FORMAT_1_DESCRIPTION).is_file()
     try:
-        about, tensors = read()
-        about["targets"] = tuple(map(str, about["targets"]))
-        if about["run"] is not None:
-            about["run"] = about["run"] | {"template": Template(**about["run"]["template"])}
-        return about, {name: np.asarray(tensor, "float32") for name, tensor in tensors.items()}
+        if path.suffix == ".h5":
+            description, tensors = _read_keras(model, path)
+        elif own:
+            description, tensors = _read_own(path)
+        elif (path / "adapter_config.json").is_file():
+            description, tensors = peft.read(model, path)
+        else:
+            raise FileNotFoundError(f"The folder {path} holds no adapter: it has no {_FILE}.")
+        missing = [name for name in _NEEDED if name not in description]
+        if missing:
+            raise ValueError(f"its description lacks {', '.join(missing)}")
+        description["targets"] = tuple(map(str, description["targets"]))
+        run = description["run"]
+        if run is not None:
+            description["run"] = run | {"template": Template(**run["template"])}
+        tensors = {name: np.asarray(tensor, "float32") for name, tensor in tensors.items()}
     except FileNotFoundError:
         raise
     except Exception as error:
         raise ValueError(
-            f"The adapter in {source} cannot be read: {error}. Copy or save it again."
+            f"The adapter in {path} cannot be read: {error}. If a file is damaged, copy or "
+            "save it again."
         ) from error
+    return description, tensors
 
 
-def _read_own(folder: Path) -> tuple[dict, dict]:
-    old = [folder / f"adapter.safetensors{_OLD}"] * (
-        folder / f"adapter.safetensors{_OLD}"
-    ).is_file()
-    for name in ("adapter.json", "adapter.safetensors"):
-        if not (folder / name).is_file() and not (old and name == "adapter.safetensors"):
-            raise FileNotFoundError(f"The folder {folder} holds no adapter: it has no {name}.")
-    about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-    if about["format"] != FORMAT:
-        raise ValueError(
-            f"its format is {about['format']!r}, and this version of gemma_lora reads {FORMAT}"
-        )
-    checksum = about.pop("checksum")
-    for path in (
-        folder / "adapter.safetensors",
-        *old,
-    ):  # the old ones: of a process that ended while it replaced them
-        if path.is_file() and _checksum(about, tensors := path.read_bytes()) == checksum:
-            return about, load(tensors)
+def _embedded_text(path: Path) -> str | None:
+    """Return the description in a file of tensors; None if it holds none of ours."""
+    with safe_open(path, framework="numpy") as file:
+        return (file.metadata() or {}).get(_METADATA_KEY)
+
+
+def _read_own(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read what `save_adapter` wrote, now or in format 1.
+
+    The file of tensors decides: a description in it is the newer one. A save over
+    format 1 that is cut off can leave the old `adapter.json` beside the new file.
+    """
+    path = folder / _FILE
+    text = _embedded_text(path) if path.is_file() else None
+    if text is None:
+        return _read_format_1(folder)
+    description = json.loads(text)
+    _check_format(description, FORMAT)
+    checksum = description.pop("checksum")
+    tensors = load(path.read_bytes())
+    if _checksum(description, tensors) != checksum:
+        raise ValueError("it was cut or altered after it was saved (its checksum differs)")
+    return description, tensors
+
+
+def _read_format_1(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read what gemma_lora wrote before: `adapter.json`, and tensors beside it."""
+    if not (folder / _FORMAT_1_DESCRIPTION).is_file():
+        raise ValueError(f"{_FILE} holds no description of gemma_lora's")
+    description = json.loads((folder / _FORMAT_1_DESCRIPTION).read_text(encoding="utf-8"))
+    _check_format(description, 1)
+    checksum = description.pop("checksum")
+    text = json.dumps(description, sort_keys=True).encode()
+    for name in (_FILE, _FORMAT_1_OLD_TENSORS):
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            if hashlib.sha256(text + content).hexdigest() == checksum:
+                return description, load(content)
     raise ValueError("it was cut or altered after it was saved (its checksum differs)")
 
 
-def _read_keras(model, path: Path) -> tuple[dict, dict]:
-    """Keras numbers the layers with weights, and says neither their names nor alpha, which is the rank there."""
-    paths = {id(layer): path for path, layer in linear_layers(model).items()}
-    numbered = [
-        layer for layer in model.backbone._flatten_layers(include_self=False) if layer.weights
-    ]
-    numbered = {str(i): paths[id(layer)] for i, layer in enumerate(numbered) if id(layer) in paths}
+def _check_format(description: dict, expected: int) -> None:
+    if description["format"] != expected:
+        raise ValueError(
+            f"its format is {description['format']!r}, and this version of gemma_lora reads "
+            f"1 and {FORMAT}. Update gemma_lora"
+        )
+
+
+def _read_keras(model, path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read a `.lora.h5` file of stock Keras, which numbers the layers with weights.
+
+    It says neither the layers' names nor alpha, which is the rank there.
+    """
+    paths = {id(layer): name for name, layer in linear_layers(model).items()}
+    # private: Keras numbers layers in the order of `_flatten_layers`
+    layers = model.backbone._flatten_layers(include_self=False)
+    with_weights = [layer for layer in layers if layer.weights]
+    numbered = {
+        str(number): paths[id(layer)]
+        for number, layer in enumerate(with_weights)
+        if id(layer) in paths
+    }
+    tensors = {}
+    # private: the names inside Keras's file
     with h5py.File(path) as file:
-        lora = file["lora"]
-        rank, tensors = int(lora["vars"]["rank"][()]), {}
-        for number in lora:
-            if number != "vars":
-                layer = numbered.get(number, f"layer {number}")
-                for part in "ab":
-                    tensors[f"{layer}/{part}"] = lora[number]["vars"][f"lora_kernel_{part}"][()]
-    found = sorted({name.split("/")[-2] for name in tensors if "/" in name[:-2]})
-    return {
+        saved = file["lora"]
+        rank = int(saved["vars"]["rank"][()])
+        for number in saved:
+            if number == "vars":
+                continue
+            # A layer that takes no adapter here keeps its number, and is refused later.
+            name = numbered.get(number, f"layer {number}")
+            for part in "ab":
+                tensors[f"{name}/{part}"] = saved[number]["vars"][f"lora_kernel_{part}"][()]
+    targets = sorted({name.split("/")[-2] for name in tensors if name.count("/") > 1})
+    description = {
         "rank": rank,
         "alpha": float(rank),
-        "targets": found,
+        "targets": targets,
         "seed": None,
         "run": None,
-    }, tensors
-
-
-def _check_targets(model, source: Path, about: dict, targets) -> None:
-    """The layers that it is for are of this model, and those that were asked for; then in the model's own order."""
-    present = target_names(model)
-    if not about["targets"] or {*about["targets"]} - {*present}:
-        raise ValueError(
-            f"The adapter in {source} is for layers {about['targets']}; this model has {present}."
-        )
-    names = resolve_targets(targets or about["targets"], present)
-    if set(about["targets"]) != {*names}:
-        raise ValueError(
-            f"{source} is for {about['targets']}, not for {names}: pass the targets it was made with."
-        )
-    about["targets"] = names
-
-
-def _check_fits(model, source: Path, about: dict, tensors: dict) -> None:
-    """Every tensor where this model has a place for it, of its shape, with numbers in it."""
-    rank, alpha, expected = about["rank"], about["alpha"], {}
-    if (
-        type(rank) is not int
-        or rank < 1
-        or not isinstance(alpha, float)
-        or not 0 < alpha < math.inf
-    ):
-        raise ValueError(
-            f"The adapter in {source} has no usable rank and alpha: {rank!r}, {alpha!r}."
-        )
-    for path, layer in linear_layers(model).items():
-        if layer.name in about["targets"]:
-            shape = kernel_shape(layer)
-            expected[f"{path}/a"], expected[f"{path}/b"] = (*shape[:-1], rank), (rank, shape[-1])
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if wrong := [
-        name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)
-    ]:
-        base = about.get("base")
-        raise ValueError(
-            f"The adapter in {source} does not fit this model, {card.base_name(model)!r}. For instance {wrong[0]!r}: "
-            f"the model takes shape {expected.get(wrong[0])}, the file has {found.get(wrong[0])}."
-            + (f" It was made for {base!r}: gl.load({base!r})." if base else "")
-        )
-    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
-        raise ValueError(
-            f"The adapter in {source} holds values that are no numbers, for instance in {broken[0]!r}."
-        )
-
-
-def _check_base(model, source: Path, about: dict, force: bool) -> None:
-    """The base that it was made for, where it says which: only `force` takes other weights."""
-    merged, base = bool(state_of(model).merges), about.get("base")
-    differs = [
-        name for name, own in fingerprints(model).items() if name in about and about[name] != own
-    ]
-    if (differs == [] and ("weights" in about or not merged)) or (
-        force and differs in ([], ["weights"])
-    ):
-        return
-    if merged and not about.get("merged"):
-        raise ValueError(
-            f"An adapter was merged into this model, and the one in {source} is for a base without it. "
-            "gl.remove_adapter(model) undoes a merge(keep=True); else load the base again, gl.load(...)."
-        )
-    text = f"The adapter in {source} was made for {base!r}"
-    text += ", with another adapter merged into it" if about.get("merged") else ""
-    text += f"; this model, {card.base_name(model)!r}, has other {' and '.join(differs)}. "
-    text += (
-        "Load that merged model." if about.get("merged") else f"Load its base, gl.load({base!r})."
-    )
-    if differs == ["weights"]:
-        text += " A quantized, merged or otherwise trained base has other weights: force=True takes it all the same."
-    raise ValueError(text)
-
-
-def _checksum(about: dict, tensors: bytes) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode() + tensors).hexdigest()
-
-
-def _tensors(model) -> dict:
-    """The adapters' weights by the name that they have in a file."""
-    layers = lora_layers(model).items()
-    return {
-        f"{path}/{part}": getattr(layer, f"lora_kernel_{part}")
-        for path, layer in layers
-        for part in "ab"
     }
+    return description, tensors
 
 
-def _replace(contents: dict[Path, bytes]) -> None:
-    """Write beside the files, then move; the tensors, first of them, are kept until the JSON is there as well."""
-    parts = {path: path.with_name(f"{path.name}.part") for path in contents}
-    tensors, about = contents
-    old = tensors.with_name(tensors.name + _OLD)
-    try:
-        for path, part in parts.items():
-            with part.open("wb") as file:
-                file.write(contents[path])
-                file.flush()
-                os.fsync(file.fileno())
-        if tensors.is_file() and about.is_file() and not old.is_file():
-            tensors.replace(old)
-        for path, part in parts.items():
-            part.replace(path)
-        old.unlink(missing_ok=True)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+def _checked_targets(model, source, description: dict, targets) -> tuple[str, ...]:
+    """Return an adapter's targets in the model's own order.
+
+    Raises:
+        ValueError: If the model has no such layers, or others were asked for.
+    """
+    present = target_names(model)
+    said = description["targets"]
+    if not said or {*said} - {*present}:
+        raise ValueError(f"The adapter in {source} is for layers {said}; this model has {present}.")
+    names = resolve_targets(targets or said, present)
+    if {*said} != {*names}:
+        raise ValueError(
+            f"{source} is for {said}, not for {names}: pass the targets it was made with."
+        )
+    return names
+
+
+def _check_numbers(source, description: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless rank, alpha, seed and all tensors are usable numbers."""
+    rank = description["rank"]
+    alpha = description["alpha"]
+    seed = description["seed"]
+    rank_is_usable = type(rank) is int and rank >= 1
+    alpha_is_usable = isinstance(alpha, float) and 0 < alpha < math.inf
+    if not rank_is_usable or not alpha_is_usable or not (seed is None or type(seed) is int):
+        raise ValueError(
+            f"The adapter in {source} has no usable rank, alpha and seed: {rank!r}, {alpha!r}, "
+            f"{seed!r}."
+        )
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"The adapter in {source} holds values that are no numbers, in {len(broken)} of its "
+            f"{len(tensors)} tensors: {_listed(broken)}"
+        )
+
+
+def _check_fits(model, source, description: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Raise ValueError unless names and shapes of the tensors are what we need."""
+    rank = description["rank"]
+    expected = {}
+    for path, layer in linear_layers(model).items():
+        if layer.name in description["targets"]:
+            shape = kernel_shape(layer)
+            expected[f"{path}/a"] = (*shape[:-1], rank)
+            expected[f"{path}/b"] = (rank, shape[-1])
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    misfits = []
+    for name in sorted({*expected, *shapes}):
+        if expected.get(name) != shapes.get(name):
+            wanted = expected.get(name, "has no such place")
+            misfits.append(
+                f"{name!r:.80}: the model {wanted}, the file {shapes.get(name, 'has none')}"
+            )
+    if not misfits:
+        return
+    base = description.get("base")
+    way_out = f"\nIt was made for {base!r}: gl.load({base!r})." if base else ""
+    raise ValueError(
+        f"The adapter in {source} does not fit this model, {base_name(model)!r}. "
+        f"{len(misfits)} tensors differ: {_listed(misfits)}{way_out}"
+    )
+
+
+def _check_base(model, source, description: dict, force: bool) -> None:
+    """Raise ValueError unless the model is the base that the adapter was made for.
+
+    The fingerprints say it, where the adapter has them. `force` accepts other weights
+    of the same architecture, vocabulary and shapes.
+    """
+    merged_here = bool(state_of(model).merges)
+    merged_there = bool(description.get("merged"))
+    differing = [
+        name
+        for name, value in fingerprints(model).items()
+        if name in description and description[name] != value
+    ]
+    # Without fingerprints we cannot know whether an adapter was made after or before a
+    # merge.
+    unknown = merged_here and "weights" not in description
+    if not differing and (force or not unknown):
+        return
+    if force and differing == ["weights"]:
+        return
+    if merged_here and not merged_there:
+        raise ValueError(
+            f"An adapter was merged into this model, and the one in {source} is for a base "
+            "without it. gl.remove_adapter(model) undoes a merge(keep=True); after any other "
+            "merge, load the base again with gl.load(...)."
+        )
+    base = description.get("base")
+    made_for = repr(base)
+    way_out = f"Load its base, gl.load({base!r})."
+    if merged_there:
+        made_for += ", with another adapter merged into it"
+        way_out = "Load that merged model."
+    if differing == ["weights"]:
+        way_out += (
+            " A base that is quantized, merged or trained otherwise has other weights: "
+            "force=True accepts it."
+        )
+    raise ValueError(
+        f"The adapter in {source} was made for {made_for}; this model, {base_name(model)!r}, has "
+        f"other {' and '.join(differing)}. {way_out}"
+    )
+
+
+def _listed(lines: list[str]) -> str:
+    """Join lines of an error below each other; beyond a few, count the others."""
+    shown = [f"\n  {line}" for line in lines[:_LISTED]]
+    if len(lines) > _LISTED:
+        shown.append(f"\n  and {len(lines) - _LISTED} more")
+    return "".join(shown)
+
+
+def _checksum(description: dict, tensors: dict[str, np.ndarray]) -> str:
+    """Return a digest of a description without its checksum, and of all tensors."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tensor.shape)).encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()
+
+
+def _variables(model) -> dict[str, keras.Variable]:
+    """Map the names that tensors have in a file to the adapters' weights."""
+    variables = {}
+    for path, layer in lora_layers(model).items():
+        variables[f"{path}/a"] = layer.lora_kernel_a
+        variables[f"{path}/b"] = layer.lora_kernel_b
+    return variables

@@ -1,126 +1,204 @@
-"""The page that goes with an adapter or a model: what it is, what it was made from, how to load it, and its terms."""
+"""Write the model card, the page README.md that goes with an adapter or a model.
+
+A card says what the model is, what it was made from, how to load it, and on which
+terms. The Hugging Face Hub reads its head. Here is also what every format records of a
+model (its base and its training run), and how each of them writes a file. Sending is
+not done here: that is `upload.py`.
+"""
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
-from gemma_lora.lora import fingerprints
+from gemma_lora.lora import LoraSummary, fingerprints
 from gemma_lora.models import TINY_VOCABULARY, state_of
 
-_MARK = (
-    "<!-- written by gemma_lora, {} -->"  # with a sum of the rest: what was edited is the user's
-)
-_LOAD = {
-    "adapter": 'model = gl.load({base!r})\ngl.load_adapter(model, "this-folder")',
-    "transformers": 'model = transformers.AutoModelForCausalLM.from_pretrained("this-folder")',
-    "peft": "base = transformers.AutoModelForCausalLM.from_pretrained(BASE)  # in Transformers' format\n"
-    'model = peft.PeftModel.from_pretrained(base, "this-folder")',
-    "keras": 'model = gl.load("this-folder")',
-}
+# For each kind of folder: the library that reads it, and the lines that load it.
 _LIBRARY = {
     "adapter": "keras-hub",
     "transformers": "transformers",
     "peft": "peft",
     "keras": "keras-hub",
 }
-_IMPORTS = {"transformers": "import transformers", "peft": "import peft\nimport transformers"}
+_LOAD = {
+    "adapter": """\
+import gemma_lora as gl
+model = gl.load({base!r})
+gl.load_adapter(model, "this-folder")""",
+    "transformers": """\
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("this-folder")""",
+    "peft": """\
+import peft
+import transformers
+base = transformers.AutoModelForCausalLM.from_pretrained(BASE)  # in Transformers' format
+model = peft.PeftModel.from_pretrained(base, "this-folder")""",
+    "keras": """\
+import gemma_lora as gl
+model = gl.load("this-folder")""",
+}
+_GEMMA_TERMS = """\
+Gemma is provided under and subject to the Gemma Terms of Use found at \
+ai.google.dev/gemma/terms. They travel with every model derived from it, this one included: \
+whoever receives it must receive the terms as well."""
+
+_PAGE = """\
+---
+license: {license}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [gemma, lora]
+---
+
+# {title}
+
+## Load it
+
+```python
+{load}
+```
+
+## What it is
+
+{facts}
+
+## Use and limits
+
+Made to learn and to try out. Answers can be wrong even when they sound confident: check them.
+It answers in the manner of its training records, and was measured on nothing else.
+
+## Licence
+
+{terms}
+"""
+
+# A comment that no reader sees, with a digest of the rest of the page. As long as the
+# digest fits, nobody has edited the page, and it may be replaced.
+_MARK = "<!-- written by gemma_lora, {} -->"
+_MARK_PATTERN = re.compile(_MARK.format(r"(\w{16})"))
 
 
 def model_card(model, *, kind: str = "keras") -> str:
-    """Text of a model card, Markdown with the head that the Hugging Face Hub reads.
+    """Return the text of a model card: Markdown with the head that the Hub reads.
 
     Args:
-        model: As tuned, or merged.
-        kind: What the card goes with: "adapter", "transformers", "peft" or "keras", a saved KerasHub preset.
+        model: The model, as tuned or merged.
+        kind: What the card goes with: "adapter", "transformers", "peft", or "keras" for
+            a saved KerasHub preset.
+
+    Raises:
+        ValueError: If `kind` is none of these.
+    """
+    if kind not in _LOAD:
+        raise ValueError(f"A card's kind is one of {', '.join(_LOAD)}. Received: {kind!r}")
+    state = state_of(model)
+    merge = state.merges[-1] if state.merges else None
+    lora = state.lora or (merge and merge.lora)
+    tiny = model.backbone.vocabulary_size == TINY_VOCABULARY
+    base = base_name(model)
+
+    load = _LOAD[kind].format(base=base)
+    if merge and kind == "adapter":
+        warning = f"# The base is {base} with another adapter merged into it: save that model, too."
+        load = f"{warning}\n{_LOAD[kind].format(base='the-merged-model')}"
+    kin = "a small teaching model, not one of Google's" if tiny else "a model of the Gemma family"
+    facts = [f"- Base: `{base}`, {kin}."]
+    if lora:
+        merged = kind == "transformers" or state.lora is None
+        facts.append(_fact_of_lora(lora, merged))
+    if state.run:
+        facts += _facts_of_run(state.run)
+    page = _PAGE.format(
+        license="apache-2.0" if tiny else "gemma",
+        library=_LIBRARY[kind],
+        title=f"{base}, tuned with LoRA" if lora or state.run else base,
+        load=load,
+        facts="\n".join(facts),
+        terms="The base is part of gemma_lora, Apache-2.0." if tiny else _GEMMA_TERMS,
+    )
+    return page + _MARK.format(_digest(page + "\n")) + "\n"
+
+
+def _fact_of_lora(lora: LoraSummary, merged: bool) -> str:
+    targets = ", ".join(lora.targets)
+    where = ", merged into the kernels" if merged else ""
+    return f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {targets}{where}."
+
+
+def _facts_of_run(run: dict) -> list[str]:
+    """Say in list items how a model was trained, and with what effect."""
+    facts = [
+        f"- Prompt template: `{run['template'].name}`. Prompts worded otherwise do worse.",
+        f"- Trained on {run['rows']:,} records, {run['tokens']:,} tokens, {run['epochs']} "
+        f"epoch(s); learning rate {run['learning_rate']:g}, seed {run['seed']}, loss on "
+        f"{run['loss_on']}.",
+        "- Data: say here where the records are from, and under which licence.",
+    ]
+    if losses := run.get("held_out_loss"):
+        before, after = losses["base"], losses["tuned"]
+        facts.append(f"- Held-out loss per token: {before:.4f} before, {after:.4f} after.")
+    return facts
+
+
+def describe(model) -> dict:
+    """Return what an adapter belongs to, its base and its training run, as JSON has it.
+
+    The base is its name, whether another adapter was merged into it (`merged`), and its
+    fingerprints. The run is the record that `gl.fit` left, or None.
     """
     state = state_of(model)
-    base, merge, run = base_name(model), state.merges[-1] if state.merges else None, state.run
-    lora, tiny = (
-        state.lora or (merge and merge.lora),
-        model.backbone.vocabulary_size == TINY_VOCABULARY,
-    )
-    head = {"license": "apache-2.0" if tiny else "gemma", "library_name": _LIBRARY[kind]}
-    lines = [
-        "---",
-        *(f"{key}: {value}" for key, value in head.items()),
-        "pipeline_tag: text-generation",
-    ]
-    lines += [
-        "tags: [gemma, lora]",
-        "---",
-        "",
-        f"# {base}" + (", tuned with LoRA" if lora or run else ""),
-        "",
-    ]
-    load = _IMPORTS.get(kind, "import gemma_lora as gl"), _LOAD[kind].format(base=base)
-    if merge and kind == "adapter":
-        first = f"# the base is {base} with another adapter merged into it: save that model, too"
-        load = load[0], first, _LOAD[kind].format(base="the-merged-model")
-    lines += ["## Load it", "", "```python", *load, "```", "", "## What it is", ""]
-    kin = "a small teaching model, none of Google's" if tiny else "a model of the Gemma family"
-    lines += [f"- Base: `{base}`, {kin}."]
-    if lora:
-        merged = ", merged into the kernels" if kind == "transformers" or state.lora is None else ""
-        lines += [
-            f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}{merged}."
-        ]
-    if run:
-        lines += [
-            f"- Prompt template: `{run['template'].name}`. Other wordings of a prompt fare worse.",
-            f"- Trained on {run['rows']:,} records, {run['tokens']:,} tokens, {run['epochs']} epoch(s); learning rate "
-            f"{run['learning_rate']:g}, seed {run['seed']}, loss on {run['loss_on']}.",
-            "- Data: say here where the records are from, and under which licence.",
-        ]
-    if measured := (run or {}).get("held_out_loss"):
-        lines += [
-            f"- Held-out loss per token: {measured['base']:.4f} before, {measured['tuned']:.4f} after."
-        ]
-    lines += ["", "## Use and limits", ""]
-    lines += [
-        "Made to learn and to try out. Answers can be wrong, also where they sound sure; check them before use."
-    ]
-    lines += ["It answers in the manner of its training records, and was measured on nothing else."]
-    lines += ["", "## Licence", ""]
-    if tiny:
-        lines += ["The base is part of gemma_lora, Apache-2.0."]
-    else:
-        lines += [
-            "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. They "
-            "travel with every model derived from it, this one included; whoever gets it has to get the terms, too."
-        ]
-    return _marked("\n".join(lines) + "\n")
-
-
-def about(model) -> dict:
-    """What an adapter belongs to, in JSON's types: its base, with fingerprints, and the record of its training."""
-    state = state_of(model)
     run = None if state.run is None else state.run | {"template": vars(state.run["template"])}
-    found = {
-        "base": base_name(model),
-        "merged": bool(state.merges),
-        **fingerprints(model),
-        "run": run,
-    }
-    return json.loads(json.dumps(found, default=float))
+    merged = bool(state.merges)
+    description = {"base": base_name(model), "merged": merged, **fingerprints(model), "run": run}
+    return json.loads(json.dumps(description, default=float))
 
 
 def base_name(model) -> str:
-    """The preset that a model was loaded as; of a folder its name alone, as its path says things about a machine."""
+    """Return the name of the preset that a model was loaded from.
+
+    Of a folder this is the last part alone: its whole path would tell others about a
+    machine.
+    """
     state = state_of(model)
     return Path(state.preset).resolve().name if state.local else state.preset
 
 
-def write_card(folder: Path, text: str) -> None:
-    """Write README.md, but over no page that somebody else wrote, or edited."""
+def write_card(folder: Path, page: str) -> None:
+    """Write README.md, unless somebody else wrote or edited the one in the folder."""
     path = folder / "README.md"
-    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    unmarked = re.sub(_MARK.format(r"\w+"), "", before)
-    if not before or unmarked != before == _marked(unmarked):
-        path.write_text(text, encoding="utf-8")
+    if not path.is_file() or _is_unedited(path.read_text(encoding="utf-8", errors="replace")):
+        write_file(path, page.encode())
 
 
-def _marked(text: str) -> str:
-    """Put a mark behind the head of a card, into the line that is left free there."""
-    mark = _MARK.format(hashlib.sha256(text.encode()).hexdigest()[:16])
-    return text.replace("---\n\n#", f"---\n{mark}\n#", 1)
+def _is_unedited(page: str) -> bool:
+    """Return whether we wrote a page, and nobody has changed it since."""
+    mark = _MARK_PATTERN.search(page)
+    return page == "" or (mark is not None and mark[1] == _digest(_MARK_PATTERN.sub("", page)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a dict as a JSON file, indented for people."""
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole: if the process ends, the old content is there or the new.
+
+    The content is written beside the file, to "<name>.part", and moved when the disk
+    has it.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,8 +1,24 @@
-"""Adapters in the format of PEFT, and back.
+"""Write an adapter in the format of PEFT, and read one.
 
-PEFT's update of a module is B A, of one rank for all outputs. KerasHub's query has a factor A for each head and one B
-for all: as one product its rank is rank * heads, with B on the diagonal of a block matrix. The way back finds the
-smallest rank of that kind by a singular value decomposition.
+Both libraries learn an update of a frozen kernel as a product of two thin matrices.
+They differ where a layer has heads. PEFT has one product for all heads of a module,
+
+    update = B A        B: (heads * head size, rank)        A: (rank, hidden)
+
+and KerasHub has, for queries, keys and values, a factor A for each head and one B for
+all,
+
+    update[h] = A[h] B  A: (heads, hidden, rank)            B: (rank, head size)
+
+*Out*: KerasHub's factors are PEFT's of rank `heads * rank`, exactly: the heads' A below
+each other, and B once for each head on the diagonal of a block matrix (`_to_peft`).
+
+*Back*: any update of PEFT's is one of KerasHub's, of a rank of at most the head size. A
+singular value decomposition finds the smallest one (`_to_keras`). An adapter that went
+out comes back at its own rank, or at a lower one if that suffices.
+
+Plain LoRA is read: `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`, `use_rslora`.
+Everything else is refused.
 """
 
 import json
@@ -10,170 +26,320 @@ import re
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
-from gemma_lora.formats.card import about, model_card, write_card
-from gemma_lora.formats.transformers import NAMES, Exported, sizes, write_json
-from gemma_lora.lora import kernel_shape, linear_layers, lora_layers
+from gemma_lora.formats.card import describe, model_card, write_card, write_file, write_json
+from gemma_lora.formats.transformers import NAMES, Exported, sizes
+from gemma_lora.lora import LoraSummary, kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import state_of
 
-_TENSOR = re.compile(
+# The base, and the record of training: PEFT's own files have no place for them.
+DESCRIPTION_FILE = "gemma_lora.json"
+
+# "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": block, module and
+# factor.
+_TENSOR_NAME = re.compile(
     r"(?:base_model\.model\.)?model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight"
 )
-_ABOUT = "gemma_lora.json"  # which base, and the record of training: PEFT has no place for them
-_FOREIGN = (
+
+# Options that make an adapter compute something else than B A beside its base. Most
+# would also bring tensors that we have no place for; some would not.
+_NOT_PLAIN = (
     "use_dora",
+    "use_qalora",
+    "use_bdlora",
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
-_FOREIGN += ("alora_invocation_tokens", "use_qalora")
-_PLAIN = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # other ways to begin change the base, too
+# These ways to begin leave the base as it is. Others, such as "pissa", subtract from
+# it.
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported:
-    """Write the adapter alone as PEFT reads it, exactly: `adapter_model.safetensors` and `adapter_config.json`.
+    """Write a model's adapter in the format of PEFT, exactly.
 
-    Beside them `gemma_lora.json` says for `load_adapter` what base it is of, and how it was trained.
+    The folder gets `adapter_model.safetensors`, `adapter_config.json`, a model card,
+    and `gemma_lora.json`, which tells `gl.load_adapter` the base and how it was
+    trained.
 
     Args:
         model: A model with adapters.
-        folder: Made if it is not there. An adapter in it is replaced.
-        base: The base model in Transformers' format, for PEFT to find: a name on the Hub such as "google/gemma-2b", or
-            a folder that `export_transformers` wrote without the adapter.
+        folder: Where to write; it is created if needed. An adapter in it is replaced.
+        base: The base model in Transformers' format, for PEFT to find: a name on the
+            Hub such as "google/gemma-2b", or a folder that `gl.export_transformers`
+            wrote without the adapter.
+
+    Returns:
+        The files, and how to check them.
+
+    Raises:
+        ValueError: If the model has no adapters.
     """
-    state, folder = state_of(model), Path(folder).expanduser()
-    if state.lora is None:
+    lora = state_of(model).lora
+    if lora is None:
         raise ValueError(
             "The model has no adapters to export. Call gl.enable_lora(model) and gl.fit() first."
         )
-    rank, alpha, tensors, ranks = state.lora.rank, state.lora.alpha, {}, {}
+    folder = Path(folder).expanduser()
     blocks = [block.name for block in model.backbone.transformer_layers]
+    tensors = {}
+    ranks = {}
     for path, layer in lora_layers(model).items():
-        a, b = (np.asarray(x.value, "float32") for x in (layer.lora_kernel_a, layer.lora_kernel_b))
-        if (
-            a.ndim == 3 and layer.name != "attention_output"
-        ):  # heads: their factors below each other
-            ranks[NAMES[layer.name].split(".")[-1]] = rank * len(a)
-            a, b = (
-                a.transpose(0, 2, 1).reshape(-1, a.shape[1]),
-                np.kron(np.eye(len(a), dtype="float32"), b.T),
-            )
-        else:
-            a, b = a.reshape(-1, rank).T, b.T
-        name = (
-            f"base_model.model.model.layers.{blocks.index(path.split('/')[0])}.{NAMES[layer.name]}"
-        )
-        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": ranks,
-        "alpha_pattern": {
-            name: alpha * r / rank for name, r in ranks.items()
-        },  # as PEFT divides by the module's rank
-        "target_modules": [NAMES[name].split(".")[-1] for name in state.lora.targets],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
+        name = NAMES[layer.name]
+        a = np.asarray(layer.lora_kernel_a.value, "float32")
+        b = np.asarray(layer.lora_kernel_b.value, "float32")
+        down, up = _to_peft(a, b, heads=_has_heads(layer))
+        prefix = f"base_model.model.model.layers.{blocks.index(path.split('/')[0])}.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(down)
+        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(up)
+        if _has_heads(layer):
+            ranks[name.split(".")[-1]] = len(down)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", config)
-    write_json(folder / _ABOUT, about(model))
+    weights = save(tensors, metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", weights)
+    write_json(folder / "adapter_config.json", _config(lora, ranks, base))
+    write_json(folder / DESCRIPTION_FILE, describe(model))
     write_card(folder, model_card(model, kind="peft"))
     return Exported(folder, sizes(folder), "To check: peft.PeftModel.from_pretrained(base, folder)")
 
 
-def read(model, folder: Path) -> tuple[dict, dict]:
-    """An adapter of PEFT as `load_adapter` takes it: what it is, and its tensors in Keras's shapes."""
+def _config(lora: LoraSummary, ranks: dict[str, int], base: str | Path) -> dict:
+    """Return PEFT's config; `ranks` holds modules with another rank than LoRA's own."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "rank_pattern": ranks,
+        # PEFT divides alpha by the module's own rank; this keeps the scale alpha /
+        # rank.
+        "alpha_pattern": {name: lora.alpha * rank / lora.rank for name, rank in ranks.items()},
+        "target_modules": [NAMES[name].split(".")[-1] for name in lora.targets],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _has_heads(layer) -> bool:
+    """Return whether a layer has an A for each head: queries, keys and values do."""
+    return len(kernel_shape(layer)) == 3 and layer.name != "attention_output"
+
+
+def _to_peft(a: np.ndarray, b: np.ndarray, *, heads: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Turn KerasHub's factors into PEFT's A, (rank, inputs), and B, (outputs, rank).
+
+    Two heads of size 2 over 3 inputs, rank 1: PEFT's rank is 2, one for each head.
+
+    >>> a = np.array([[[1], [2], [3]], [[4], [5], [6]]])
+    >>> b = np.array([[7, 8]])
+    >>> down, up = _to_peft(a, b, heads=True)
+    >>> print(down)
+    [[1 2 3]
+     [4 5 6]]
+    >>> print(up)
+    [[7. 0.]
+     [8. 0.]
+     [0. 7.]
+     [0. 8.]]
+    >>> np.array_equal(up @ down, np.concatenate([(a[0] @ b).T, (a[1] @ b).T]))
+    True
+
+    Args:
+        a: With heads, shape (heads, inputs, rank). Without, (inputs, rank), or for the
+            attention's output (heads, head size, rank): there, heads are inputs.
+        b: Shape (rank, head size) or (rank, outputs).
+        heads: Whether A has a factor for each head.
+    """
+    if not heads:
+        return a.reshape(-1, a.shape[-1]).T, b.T
+    # (heads, inputs, rank) to (heads * rank, inputs): row h * rank + r is A[h, :, r].
+    down = a.transpose(0, 2, 1).reshape(-1, a.shape[1])
+    # The Kronecker product with the identity puts B.T on the diagonal, once for each
+    # head: (heads * head size, heads * rank).
+    up = np.kron(np.eye(len(a), dtype="float32"), b.T)
+    return down, up
+
+
+def read(model, folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Read an adapter in PEFT's format as `gl.load_adapter` needs it.
+
+    Returns:
+        A description with rank, alpha, targets, seed and run, and what
+        `gemma_lora.json` adds of the base; and tensors by "<layer path>/a" and "/b", in
+        KerasHub's shapes.
+
+    Raises:
+        ValueError: If it is not plain LoRA, or this model has no place for a tensor.
+    """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    foreign = [name for name in _FOREIGN if config.get(name)]
-    foreign += ["init_lora_weights"] * (config.get("init_lora_weights") not in _PLAIN)
-    if config.get("peft_type") != "LORA" or foreign:
-        raise ValueError(
-            f"it is {config.get('peft_type')} with {foreign or 'its own kind of factors'}, no plain LoRA"
-        )
+    _check_plain(config)
     layers = linear_layers(model)
-    paths = [
-        [path for path in layers if path.startswith(f"{b.name}/")]
-        for b in model.backbone.transformer_layers
-    ]
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        match = _TENSOR.fullmatch(name)
-        places = paths[int(match[1])] if match and int(match[1]) < len(paths) else ()
-        path = next((path for path in places if NAMES[path.split("/")[-1]] == match[2]), None)
-        if path is None:
-            raise ValueError(f"this model has no place for {name!r}")
-        factors.setdefault(path, {})[match[3]] = np.asarray(tensor, "float32")
-    found, scales = {}, {}
-    for path, parts in factors.items():
-        if set(parts) != {"A", "B"}:
-            raise ValueError(f"{path} has only one factor of two")
-        block = next(i for i, inside in enumerate(paths) if path in inside)
-        module, rank = f"model.layers.{block}.{NAMES[path.split('/')[-1]]}", len(parts["A"])
-        expected, alpha = (
-            _of(module, config, "rank_pattern", "r"),
-            _of(module, config, "alpha_pattern", "lora_alpha"),
+    factors = {}
+    scales = {}
+    for path, parts in _factors_of_peft(model, folder).items():
+        scales[path] = _scale(path, parts, config, model)
+        factors[path] = _to_keras(
+            parts["A"], parts["B"], kernel_shape(layers[path]), heads=_has_heads(layers[path])
         )
-        shapes = parts["A"].shape, parts["B"].shape
-        if rank != expected or shapes[1][1] != rank:
-            raise ValueError(f"{path} has factors of shapes {shapes}, not of rank {expected}")
-        scales[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        found[path] = _in_keras_shapes(layers[path], **parts)
-    targets = {path.split("/")[-1] for path in found}
-    rank = max(len(b) for _, b in found.values())
-    same = len(set(scales.values())) == 1
+    targets = {path.split("/")[-1] for path in factors}
+    rank = max(len(b) for _, b in factors.values())
+    # We have one alpha for all layers. Where PEFT's scales differ, they go into B
+    # instead.
+    one_scale = len(set(scales.values())) == 1
+    alpha = float(rank * next(iter(scales.values()))) if one_scale else float(rank)
+
     tensors = {}
     for path, layer in layers.items():
-        if layer.name in targets:
-            shape = kernel_shape(layer)
-            a, b = found.get(path, (np.zeros((*shape[:-1], 1)), np.zeros((1, shape[-1]))))
-            more = rank - len(b)
-            tensors[f"{path}/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
-            tensors[f"{path}/b"] = np.pad(b, [(0, more), (0, 0)]) * (
-                1.0 if same else scales.get(path, 1.0)
-            )
-    alpha = float(rank * next(iter(scales.values()))) if same else float(rank)
-    found = {"run": None}
-    if (folder / _ABOUT).is_file():
-        found |= json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    targets = sorted(targets, key=[*NAMES].index)
-    return found | {"rank": rank, "alpha": alpha, "targets": targets, "seed": None}, tensors
+        if layer.name not in targets:
+            continue
+        # PEFT may leave a module out in some blocks; a zero update stands in for it.
+        shape = kernel_shape(layer)
+        a, b = factors.get(path, (np.zeros((*shape[:-1], 1)), np.zeros((1, shape[-1]))))
+        # Every layer gets the largest rank that one of them needs. Zeros add nothing.
+        missing = rank - len(b)
+        tensors[f"{path}/a"] = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)])
+        tensors[f"{path}/b"] = np.pad(b, [(0, missing), (0, 0)])
+        if not one_scale:
+            tensors[f"{path}/b"] = tensors[f"{path}/b"] * scales.get(path, 1.0)
+
+    description = {"run": None}
+    if (folder / DESCRIPTION_FILE).is_file():
+        description |= json.loads((folder / DESCRIPTION_FILE).read_text(encoding="utf-8"))
+    # Last, so that PEFT's own numbers win over those of the file beside them.
+    description |= {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": sorted(targets, key=[*NAMES].index),
+        "seed": None,
+    }
+    return description, tensors
 
 
-def _of(module: str, config: dict, pattern: str, key: str):
-    """A module's own value by PEFT's patterns of names, or the one for all."""
-    own = (
-        value
-        for name, value in (config.get(pattern) or {}).items()
-        if re.fullmatch(rf"(.*\.)?({name})", module)
-    )
-    return next(own, config[key])
+def _check_plain(config: dict) -> None:
+    """Raise ValueError unless a config is of plain LoRA: B A, the base unchanged."""
+    used = [name for name in _NOT_PLAIN if config.get(name)]
+    beginning = config.get("init_lora_weights")
+    if beginning not in _BEGINNINGS:
+        used.append(f"init_lora_weights={beginning!r}")
+    if config.get("peft_type") != "LORA":
+        used.append(f"peft_type={config.get('peft_type')!r}")
+    if used:
+        raise ValueError(
+            f"it is not a plain LoRA adapter, it uses {', '.join(used)}. Merge it into its base "
+            "with PEFT, and load the merged model"
+        )
 
 
-def _in_keras_shapes(layer, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # noqa: N803
-    """Factors of PEFT, (rank, inputs) and (outputs, rank), in the shapes of a layer's `lora_kernel_a` and `_b`."""
-    *outer, last = kernel_shape(layer)
-    if len(outer) < 2 or layer.name == "attention_output":
-        return A.T.reshape(*outer, -1), B.T
-    heads = outer[0]
-    parts = B.reshape(heads, last, -1).transpose(
-        0, 2, 1
-    )  # (heads, rank, head size), of which one basis is sought
+def _factors_of_peft(model, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Read PEFT's tensors, by layer path.
+
+    Returns:
+        For each layer, "A" of shape (rank, inputs) and "B" of shape (outputs, rank).
+
+    Raises:
+        ValueError: If the model has no place for a tensor, or a layer has one factor
+            only.
+    """
+    places = {}
+    for index, block in enumerate(model.backbone.transformer_layers):
+        for path, layer in linear_layers(model).items():
+            if path.startswith(f"{block.name}/"):
+                places[index, NAMES[layer.name]] = path
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    unknown = []
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        match = _TENSOR_NAME.fullmatch(name)
+        path = match and places.get((int(match[1]), match[2]))
+        if path is None:
+            unknown.append(name)
+        else:
+            factors.setdefault(path, {})[match[3]] = np.asarray(tensor, "float32")
+    if unknown:
+        shown = ", ".join(f"{name!r:.80}" for name in unknown[:3])
+        raise ValueError(
+            f"this model has no place for {len(unknown)} of its tensors, such as {shown}"
+        )
+    if not factors:
+        raise ValueError("it holds no tensors")
+    halves = [path for path, parts in factors.items() if set(parts) != {"A", "B"}]
+    if halves:
+        raise ValueError(f"{', '.join(halves)}: only one of the factors A and B is there")
+    return factors
+
+
+def _scale(path: str, parts: dict[str, np.ndarray], config: dict, model) -> float:
+    """Return the scale of a module's B A: alpha / rank, or alpha / sqrt(rank).
+
+    Raises:
+        ValueError: If its factors do not have the rank that the config gives it.
+    """
+    block_name, *_, layer_name = path.split("/")
+    blocks = [block.name for block in model.backbone.transformer_layers]
+    module = f"model.layers.{blocks.index(block_name)}.{NAMES[layer_name]}"
+    rank = _for_module(module, config, "rank_pattern", "r")
+    alpha = _for_module(module, config, "alpha_pattern", "lora_alpha")
+    shapes = parts["A"].shape, parts["B"].shape
+    if len(parts["A"]) != rank or shapes[1][1] != rank:
+        raise ValueError(f"{path} has factors of shapes {shapes}, not of rank {rank}")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _for_module(module: str, config: dict, pattern: str, default: str):
+    """Return a module's own value where one of PEFT's patterns fits, else the default.
+
+    A pattern fits a whole name, or the last parts of one.
+
+    >>> config = {"r": 4, "rank_pattern": {"v_proj": 8}}
+    >>> _for_module("model.layers.0.self_attn.v_proj", config, "rank_pattern", "r")
+    8
+    >>> _for_module("model.layers.0.self_attn.q_proj", config, "rank_pattern", "r")
+    4
+    """
+    for name, value in (config.get(pattern) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({name})", module):
+            return value
+    return config[default]
+
+
+def _to_keras(
+    down: np.ndarray, up: np.ndarray, shape: tuple[int, ...], *, heads: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn PEFT's factors into KerasHub's: the way back of `_to_peft`.
+
+    The two heads of its example come back at rank 1, up to a factor that A and B share:
+
+    >>> a = np.array([[[1], [2], [3]], [[4], [5], [6]]])
+    >>> b = np.array([[7, 8]])
+    >>> a2, b2 = _to_keras(*_to_peft(a, b, heads=True), (2, 3, 2), heads=True)
+    >>> a2.shape, b2.shape, np.allclose(a2 @ b2, a @ b)
+    ((2, 3, 1), (1, 2), True)
+
+    Args:
+        down: PEFT's A, shape (rank, inputs).
+        up: PEFT's B, shape (outputs, rank).
+        shape: The shape of the layer's kernel.
+        heads: Whether the layer has a factor A for each head.
+    """
+    *outer, last = shape
+    if not heads:
+        return down.T.reshape(*outer, -1), up.T
+    # Head h of the update is down.T @ parts[h], with parts[h] of (rank, head size). All
+    # heads must share one B, so we look for one basis of the rows of all parts: the
+    # right singular vectors, (basis, head size), without those whose singular value is
+    # rounding.
+    parts = up.reshape(outer[0], last, -1).transpose(0, 2, 1)
     _, sizes, basis = np.linalg.svd(parts.reshape(-1, last), full_matrices=False)
     basis = basis[: max(1, int((sizes > 1e-6 * sizes[0]).sum()))]
-    return np.einsum("ri,hrd,kd->hik", A, parts, basis, optimize=True), basis
+    # The basis is orthonormal, so parts[h] = (parts[h] @ basis.T) @ basis. The first
+    # factor goes into the head's own A: sum over r and d of down[r, i] parts[h, r, d]
+    # basis[k, d].
+    return np.einsum("ri,hrd,kd->hik", down, parts, basis, optimize=True), basis

@@ -1,25 +1,38 @@
-"""Export a model for Transformers, and have Transformers read it back: the same logits, tokens and token ids."""
+"""Export a model for Transformers, and have Transformers read it back.
+
+From top to bottom: what the parts of a Gemma are called in both libraries, the config,
+the weights, the tokenizer and the settings of generation, the export that writes them
+all, and the check that Transformers computes the same. An adapter alone is exported by
+`peft.py`. Nothing here reads such a folder for KerasHub, which has a reader of its own:
+`gl.load(folder)`.
+"""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from string import Formatter
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
+import keras
 import numpy as np
 import psutil
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from gemma_lora.formats.card import model_card, write_card
-from gemma_lora.lora import linear_layers, merged_kernel
-from gemma_lora.sampling import generate, template_of
+from gemma_lora.formats.card import model_card, write_card, write_file, write_json
+from gemma_lora.lora import kernel_shape, linear_layers, merged_kernel
+from gemma_lora.models import template_of
+from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import tokenizer_of
 
-# Layers by their names in KerasHub and in Transformers.
+# Linear layers, by their names in KerasHub and in Transformers.
 NAMES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -30,235 +43,27 @@ NAMES = {
     "ffw_linear": "mlp.down_proj",
 }
 
+# Norms, by their names in Transformers and as attributes in KerasHub. Gemma 1 has two
+# in a block, and Transformers calls the one before the MLP "post attention". Gemma 2
+# and 3 have four.
+# private: attributes of KerasHub's decoder blocks and attention layers
+_TWO_NORMS = {"input_layernorm": "pre_attention_norm", "post_attention_layernorm": "pre_ffw_norm"}
+_FOUR_NORMS = {
+    "input_layernorm": "pre_attention_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "pre_ffw_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_QUERY_KEY_NORMS = {"self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
 
-MADE_BY = "gemma_lora.export_transformers"  # in config.json: such a folder may be written to again
-_SHARD = 4 * 2**30  # bytes a file
+# In config.json: a folder with this mark in it may be written to again.
+MADE_BY = "gemma_lora.export_transformers"
+# Bytes of a file of weights. A larger model is written in several.
+_SHARD = 4 * 2**30
 
-
-def transformers_config(model) -> dict:
-    """What Transformers' config.json says of a model; a ValueError if it has no words for it."""
-    backbone, tokenizer = model.backbone, tokenizer_of(model)
-    blocks = backbone.transformer_layers
-    attention, kind = blocks[0].attention, type(backbone).__name__
-    if (
-        kind not in ("GemmaBackbone", "Gemma3Backbone")
-        or getattr(backbone, "vision_encoder", None) is not None
-    ):
-        raise ValueError(
-            f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {kind}"
-        )
-    if quantized := [
-        path for path, layer in linear_layers(model).items() if layer.quantization_mode
-    ]:
-        raise ValueError(
-            f"{quantized[0]} is quantized. Load the base in bfloat16 or float32, and export that."
-        )
-    if not getattr(backbone.token_embedding, "tie_weights", True):
-        raise ValueError(
-            "The output has weights of its own; Gemmas in Transformers share those of the embedding."
-        )
-    norms = [
-        bool(getattr(blocks[0], name, False))
-        for name in ("use_post_attention_norm", "use_post_ffw_norm")
-    ]
-    capped = (
-        getattr(attention, "logit_soft_cap", None),
-        getattr(backbone, "final_logit_soft_cap", None),
-    )
-    name = "gemma3_text" if kind == "Gemma3Backbone" else "gemma2" if all(norms) else "gemma"
-    if (
-        all(norms) == (name == "gemma")
-        or any(norms) != all(norms)
-        or (name == "gemma" and any(capped))
-    ):
-        raise ValueError(
-            f"Transformers has no Gemma with these norms and soft caps: {norms}, {capped}."
-        )
-    config = {
-        "architectures": [
-            {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[name] + "ForCausalLM"
-        ],
-        "model_type": name,
-        "vocab_size": backbone.vocabulary_size,
-        "num_hidden_layers": len(blocks),
-        "num_attention_heads": backbone.num_query_heads,
-        "num_key_value_heads": backbone.num_key_value_heads,
-        "hidden_size": backbone.hidden_dim,
-        "intermediate_size": blocks[0].gating_ffw._kernel.shape[-1],
-        "head_dim": backbone.head_dim,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "rms_norm_eps": backbone.layer_norm_epsilon,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "max_position_embeddings": 32768 if name == "gemma3_text" else 8192,
-        "dtype": str(blocks[0].attention.query_dense._kernel.dtype),
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.id_of("<eos>"),
-        "made_by": MADE_BY,
-    }
-    if name == "gemma":
-        return config
-    windows = [block.attention.use_sliding_window_attention for block in blocks]
-    scale = (
-        backbone.head_dim
-        if attention.query_head_dim_normalize
-        else backbone.hidden_dim // backbone.num_query_heads
-    )
-    config |= {
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
-        "sliding_window": attention.sliding_window_size,
-        "query_pre_attn_scalar": scale,
-        "attn_logit_softcapping": capped[0],
-        "final_logit_softcapping": capped[1],
-    }
-    if name == "gemma3_text":
-        full, ropes = {"rope_type": "default", "rope_theta": 1e6}, {}
-        for block, layer_type in zip(blocks, config["layer_types"], strict=True):
-            factor = block.attention.rope_scaling_factor
-            rope = (
-                {"rope_type": "default"}
-                if factor == 1
-                else {"rope_type": "linear", "factor": factor}
-            )
-            ropes[layer_type] = rope | {"rope_theta": block.attention.rope_wavelength}
-        config["rope_parameters"] = {"full_attention": full, "sliding_attention": full} | ropes
-    return config
-
-
-def write_model(model, folder: Path, config: dict) -> None:
-    """Write the weights, the config, the settings of generation and the tokenizer; the weights first."""
-    tokenizer = tokenizer_of(model)
-    _write_weights(model, folder)
-    write_json(folder / "config.json", config)
-    ids = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("pad", "bos")}
-    ends = {config["eos_token_id"], tokenizer.id_of(get_template(template_of(model)).end)}
-    write_json(folder / "generation_config.json", ids | {"eos_token_id": sorted(ends)})
-    _write_tokenizer(model, folder)
-
-
-def matrix(layer, kernel: np.ndarray) -> np.ndarray:
-    """A kernel of KerasHub as torch's Linear has it, (outputs, inputs): heads become part of the one or the other.
-
-    Queries, keys and values: (heads, hidden, head size) to (heads * head size, hidden). The attention's output:
-    (heads, head size, hidden) to (hidden, heads * head size). Others: (inputs, outputs) to (outputs, inputs).
-    """
-    if kernel.ndim == 2 or layer.name == "attention_output":
-        return kernel.reshape(-1, kernel.shape[-1]).T
-    return kernel.transpose(0, 2, 1).reshape(-1, kernel.shape[1])
-
-
-def _weights(model):
-    """Names and arrays as Transformers has them, one after the other, adapters merged."""
-    backbone = model.backbone
-    yield "model.embed_tokens.weight", np.asarray(backbone.token_embedding.embeddings.value)
-    layers = linear_layers(model)
-    for i, block in enumerate(backbone.transformer_layers):
-        norms = {"input_layernorm": block.pre_attention_norm}
-        if getattr(block, "use_post_attention_norm", False):
-            norms |= {"post_attention_layernorm": block.post_attention_norm}
-            norms |= {"pre_feedforward_layernorm": block.pre_ffw_norm}
-            norms |= {"post_feedforward_layernorm": block.post_ffw_norm}
-        else:
-            norms |= {"post_attention_layernorm": block.pre_ffw_norm}
-        if getattr(block.attention, "use_query_key_norm", False):
-            norms |= {
-                "self_attn.q_norm": block.attention.query_norm,
-                "self_attn.k_norm": block.attention.key_norm,
-            }
-        for name, norm in norms.items():
-            yield f"model.layers.{i}.{name}.weight", np.asarray(norm.scale.value)
-        for path, layer in layers.items():
-            if path.startswith(f"{block.name}/"):
-                kernel = np.ascontiguousarray(matrix(layer, merged_kernel(layer)))
-                yield f"model.layers.{i}.{NAMES[layer.name]}.weight", kernel
-    yield "model.norm.weight", np.asarray(backbone.layer_norm.scale.value)
-
-
-def _write_weights(model, folder: Path) -> None:
-    """One file, or several with an index, so that no more than a file's weights are copied at a time."""
-    parts: dict[Path, list[str]] = {}  # files, and the tensors in each
-
-    def write(tensors: dict) -> None:
-        path = folder / f"model-{len(parts) + 1:05}.part"
-        parts[path] = sorted(tensors)
-        save_file(tensors, path, metadata={"format": "pt"})
-
-    try:
-        tensors, size = {}, 0
-        for name, array in _weights(model):
-            if tensors and size + array.nbytes > _SHARD:
-                write(tensors)
-                tensors, size = {}, 0
-            tensors[name], size = array, size + array.nbytes
-        write(tensors)
-        for old in folder.iterdir():
-            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name):
-                old.unlink()
-        index = {}
-        for i, (path, names) in enumerate(parts.items(), 1):
-            target = (
-                "model.safetensors"
-                if len(parts) == 1
-                else f"model-{i:05}-of-{len(parts):05}.safetensors"
-            )
-            path.replace(folder / target)
-            index |= dict.fromkeys(names, target)
-        if len(parts) > 1:
-            write_json(
-                folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index}
-            )
-    finally:
-        for path in parts:
-            path.unlink(missing_ok=True)
-
-
-def _write_tokenizer(model, folder: Path) -> None:
-    tokenizer = tokenizer_of(model)
-    (folder / "tokenizer.model").write_bytes(model.preprocessor.tokenizer.proto)
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    decoder = {str(tokenizer.id_of(token)): token for token in special}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GemmaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
-            "added_tokens_decoder": {
-                i: {"content": token, "special": True} for i, token in decoder.items()
-            },
-            "chat_template": chat_template(get_template(template_of(model))),
-        },
-    )
-
-
-def chat_template(template: Template) -> str:
-    """A template in Jinja, for `apply_chat_template` and servers: a question is asked as it was in training.
-
-    >>> from gemma_lora.templates import TEMPLATES
-    >>> print(chat_template(TEMPLATES["recipe"])[-86:])
-    {{ "Instruction:\\n" + message["content"] + "\\n\\nResponse:\\n" }}{% endif %}{% endfor %}
-    """
-    parts = []
-    for literal, field, _, _ in Formatter().parse(template.without_context):
-        parts += [json.dumps(literal, ensure_ascii=False)] * bool(literal) + [
-            'message["content"]'
-        ] * bool(field)
-    return (
-        "{{ bos_token }}{% for message in messages %}"
-        f'{{% if message["role"] == "assistant" %}}{{{{ message["content"] + {json.dumps(template.end)} }}}}'
-        f"{{% else %}}{{{{ {' + '.join(parts)} }}}}{{% endif %}}"
-        "{% endfor %}"
-    )
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
+_CHECK_AGAIN = "call export_transformers(model, folder, verify=True)"
+# What the check asks. The last has runs of spaces, accents and a character of four
+# bytes, and is longer than the sliding windows of small models.
 _PROMPTS = (
     "What should I do on a trip to Europe?",
     "The capital of France is",
@@ -266,125 +71,458 @@ _PROMPTS = (
 )
 
 
+def _traits(model) -> SimpleNamespace:
+    """Read what tells one Gemma from another, all of it in this one place.
+
+    Lists have an entry for each block. Old versions and families lack some attributes;
+    what they compute without one is the default here.
+    """
+    # private: what is read here of a backbone, its blocks and their attention layers
+    backbone = model.backbone
+    blocks = backbone.transformer_layers
+    first = blocks[0].attention
+    embedding = backbone.token_embedding
+    return SimpleNamespace(
+        kind=type(backbone).__name__,
+        has_vision=getattr(backbone, "vision_encoder", None) is not None,
+        ties_weights=getattr(embedding, "tie_weights", True),
+        dtype=embedding.embeddings.dtype,
+        post_norms=(
+            bool(getattr(blocks[0], "use_post_attention_norm", False)),
+            bool(getattr(blocks[0], "use_post_ffw_norm", False)),
+        ),
+        query_key_norms=getattr(first, "use_query_key_norm", False),
+        attention_cap=getattr(first, "logit_soft_cap", None),
+        output_cap=getattr(backbone, "final_logit_soft_cap", None),
+        divides_by_head_size=getattr(first, "query_head_dim_normalize", True),
+        windowed=[getattr(b.attention, "use_sliding_window_attention", False) for b in blocks],
+        window=getattr(first, "sliding_window_size", None),
+        wavelengths=[getattr(b.attention, "rope_wavelength", None) for b in blocks],
+        stretches=[getattr(b.attention, "rope_scaling_factor", 1.0) for b in blocks],
+    )
+
+
+def _family(model, traits: SimpleNamespace) -> str:
+    """Return Transformers' name for a model's architecture.
+
+    Raises:
+        ValueError: If Transformers cannot express this model.
+    """
+    if traits.kind not in ("GemmaBackbone", "Gemma3Backbone") or traits.has_vision:
+        raise ValueError(
+            f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {traits.kind}"
+        )
+    layers = linear_layers(model)
+    quantized = [path for path, layer in layers.items() if layer.quantization_mode]
+    if quantized:
+        raise ValueError(
+            f"{len(quantized)} of {len(layers)} layers are quantized, such as {quantized[0]}. "
+            "Load the base in bfloat16 or float32, and export that."
+        )
+    if not traits.ties_weights:
+        raise ValueError(
+            "The output layer has its own weights. In Transformers, Gemma's output shares the "
+            "weights of the embedding, so this model cannot be exported."
+        )
+    if traits.kind == "Gemma3Backbone":
+        family = "gemma3_text"
+    else:
+        family = "gemma2" if all(traits.post_norms) else "gemma"
+    wants_post_norms = family != "gemma"
+    caps = (traits.attention_cap, traits.output_cap)
+    if traits.post_norms != (wants_post_norms,) * 2 or (family == "gemma" and any(caps)):
+        raise ValueError(
+            f"Transformers has no Gemma with these norms after attention and MLP: "
+            f"{traits.post_norms}, and these soft caps: {caps}."
+        )
+    return family
+
+
+def transformers_config(model) -> dict:
+    """Return the content of Transformers' config.json for a model.
+
+    Raises:
+        ValueError: If the model is quantized, or Transformers cannot express it.
+    """
+    traits = _traits(model)
+    family = _family(model, traits)
+    backbone = model.backbone
+    tokenizer = tokenizer_of(model)
+    architecture = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[family]
+    gates = [layer for layer in linear_layers(model).values() if layer.name == "ffw_gating"]
+    config = {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": family,
+        "vocab_size": backbone.vocabulary_size,
+        "num_hidden_layers": len(backbone.transformer_layers),
+        "num_attention_heads": backbone.num_query_heads,
+        "num_key_value_heads": backbone.num_key_value_heads,
+        "hidden_size": backbone.hidden_dim,
+        # KerasHub's own `intermediate_dim` counts both halves of the gate.
+        "intermediate_size": kernel_shape(gates[0])[-1],
+        "head_dim": backbone.head_dim,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": backbone.layer_norm_epsilon,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "max_position_embeddings": 32768 if family == "gemma3_text" else 8192,
+        "dtype": traits.dtype,
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.id_of("<eos>"),
+        "made_by": MADE_BY,
+    }
+    if family == "gemma":
+        return config
+
+    scale = backbone.head_dim
+    if not traits.divides_by_head_size:
+        scale = backbone.hidden_dim // backbone.num_query_heads
+    layer_types = [
+        "sliding_attention" if windowed else "full_attention" for windowed in traits.windowed
+    ]
+    config |= {
+        "layer_types": layer_types,
+        "sliding_window": traits.window,
+        "query_pre_attn_scalar": scale,
+        "attn_logit_softcapping": traits.attention_cap,
+        "final_logit_softcapping": traits.output_cap,
+    }
+    if family == "gemma3_text":
+        config["rope_parameters"] = _rope_parameters(traits, layer_types)
+    return config
+
+
+def _rope_parameters(traits: SimpleNamespace, layer_types: list[str]) -> dict:
+    """Return how Gemma 3 rotates positions, for each type of layer."""
+    # Transformers asks for both types even of a model that has layers of one type
+    # alone.
+    unused = {"rope_type": "default", "rope_theta": 1e6}
+    parameters = {"full_attention": unused, "sliding_attention": unused}
+    for layer_type, theta, stretch in zip(
+        layer_types, traits.wavelengths, traits.stretches, strict=True
+    ):
+        rope = {"rope_type": "default"}
+        if stretch != 1:
+            rope = {"rope_type": "linear", "factor": stretch}
+        parameters[layer_type] = rope | {"rope_theta": theta}
+    return parameters
+
+
+def matrix(layer, kernel: np.ndarray) -> np.ndarray:
+    """Bring a kernel into the shape of torch's Linear, (outputs, inputs).
+
+    Heads become part of the outputs, or of the inputs:
+
+    | layer              | in KerasHub                | in Transformers            |
+    |--------------------|----------------------------|----------------------------|
+    | query, key, value  | (heads, hidden, head size) | (heads * head size, hidden)|
+    | attention_output   | (heads, head size, hidden) | (hidden, heads * head size)|
+    | the others         | (inputs, outputs)          | (outputs, inputs)          |
+    """
+    if kernel.ndim == 2 or layer.name == "attention_output":
+        return kernel.reshape(-1, kernel.shape[-1]).T
+    return kernel.transpose(0, 2, 1).reshape(-1, kernel.shape[1])
+
+
+def _sources(model) -> dict[str, keras.Variable | keras.Layer]:
+    """Map a tensor's name in Transformers to the variable or linear layer behind it."""
+    backbone = model.backbone
+    layers = linear_layers(model)
+    traits = _traits(model)
+    norms = _FOUR_NORMS if all(traits.post_norms) else _TWO_NORMS
+    sources = {"model.embed_tokens.weight": backbone.token_embedding.embeddings}
+    for index, block in enumerate(backbone.transformer_layers):
+        prefix = f"model.layers.{index}"
+        for name, attribute in norms.items():
+            sources[f"{prefix}.{name}.weight"] = getattr(block, attribute).scale
+        if traits.query_key_norms:
+            for name, attribute in _QUERY_KEY_NORMS.items():
+                sources[f"{prefix}.{name}.weight"] = getattr(block.attention, attribute).scale
+        for path, layer in layers.items():
+            if path.startswith(f"{block.name}/"):
+                sources[f"{prefix}.{NAMES[layer.name]}.weight"] = layer
+    sources["model.norm.weight"] = backbone.layer_norm.scale
+    return sources
+
+
+def _array(source: keras.Variable | keras.Layer) -> np.ndarray:
+    """Return the array of a variable, or of a linear layer with its adapter merged."""
+    if isinstance(source, keras.Layer):
+        return np.ascontiguousarray(matrix(source, merged_kernel(source)))
+    return np.asarray(source.value)
+
+
+def _write_weights(model, folder: Path) -> None:
+    """Write the weights in one file, or in several with an index, adapters merged.
+
+    Arrays are made one file at a time, so that host memory never holds more than one
+    file's weights. An older export in the folder is deleted once the new one is
+    complete beside it.
+    """
+    sources = _sources(model)
+    width = jnp.dtype(_traits(model).dtype).itemsize
+    sizes = {}
+    for name, source in sources.items():
+        shape = kernel_shape(source) if isinstance(source, keras.Layer) else source.shape
+        sizes[name] = math.prod(shape) * width
+    # The Hub's own function decides which tensor goes into which file, by the sizes
+    # alone.
+    plan = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD,
+    )
+    parts = {name: folder / f"{name}.part" for name in plan.filename_to_tensors}
+    try:
+        for name, tensors in plan.filename_to_tensors.items():
+            arrays = {tensor: _array(sources[tensor]) for tensor in tensors}
+            save_file(arrays, parts[name], metadata={"format": "pt"})
+        for path in folder.iterdir():
+            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", path.name):
+                path.unlink()
+        for name, part in parts.items():
+            part.replace(folder / name)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_tokenizer(model, folder: Path) -> None:
+    """Write the vocabulary, and what Transformers must know to use it as Gemma's."""
+    tokenizer = tokenizer_of(model)
+    write_file(folder / "tokenizer.model", model.preprocessor.tokenizer.proto)
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    config = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "pad_token": "<pad>",
+        "eos_token": "<eos>",
+        "bos_token": "<bos>",
+        "unk_token": "<unk>",
+        "added_tokens_decoder": {
+            str(tokenizer.id_of(token)): {"content": token, "special": True} for token in special
+        },
+        "chat_template": chat_template(get_template(template_of(model))),
+    }
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def chat_template(template: Template) -> str:
+    """Return a template in Jinja, so that a chat asks as training did.
+
+    Transformers' `apply_chat_template` and servers use it.
+
+    >>> from gemma_lora.templates import TEMPLATES
+    >>> print(chat_template(TEMPLATES["recipe"])[-86:-23])
+    {{ "Instruction:\\n" + message["content"] + "\\n\\nResponse:\\n" }}
+    """
+    prompt = []
+    for literal, field, _, _ in Formatter().parse(template.without_context):
+        if literal:
+            prompt.append(json.dumps(literal, ensure_ascii=False))
+        if field:
+            prompt.append('message["content"]')
+    # Doubled braces are Jinja's own, in an f-string.
+    answer = f'{{{{ message["content"] + {json.dumps(template.end)} }}}}'
+    question = f"{{{{ {' + '.join(prompt)} }}}}"
+    return (
+        "{{ bos_token }}{% for message in messages %}"
+        '{% if message["role"] == "assistant" %}'
+        f"{answer}{{% else %}}{question}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def _write_generation_settings(model, folder: Path, config: dict) -> None:
+    """Write which tokens begin and end a text; answers end as the template's do."""
+    ends = {config["eos_token_id"], tokenizer_of(model).id_of(get_template(template_of(model)).end)}
+    settings = {
+        "pad_token_id": config["pad_token_id"],
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": sorted(ends),
+    }
+    write_json(folder / "generation_config.json", settings)
+
+
 @dataclass(frozen=True, repr=False)
 class Exported(ShowsAsTable):
-    """The folder of an export, its files in bytes, and what came out when its reader read it."""
+    """What an export wrote, and what its reader made of it; shown as a table.
+
+    Attributes:
+        folder: Where it is.
+        files: The bytes of each file in the folder.
+        checked: A sentence on the check.
+        difference: The largest difference between two logits; None if nothing was
+            checked.
+    """
 
     folder: Path
     files: dict[str, int]
     checked: str
-    difference: float | None = None  # the largest between two logits, if it was checked
+    difference: float | None = None
 
     def table(self) -> Table:
-        """A row a file."""
+        """Return a table with a row for each file."""
         rows = [{"file": name, "bytes": size} for name, size in self.files.items()]
         return Table(rows, caption=self.checked)
 
 
 def export_transformers(model, folder: str | Path, *, verify: bool | None = None) -> Exported:
-    """Write a model, its adapter merged, as Transformers reads it: weights, config, tokenizer, generation settings.
+    """Write a model, its adapter merged, in the format of Transformers.
 
-    The model itself stays as it is. For Gemma 1, Gemma 2 and Gemma 3 text models, any number of key/value heads.
+    The folder gets weights, config, tokenizer, generation settings and a model card.
+    The model itself stays as it is. Gemma 1, Gemma 2 and Gemma 3 text models can be
+    exported, with any number of key/value heads.
 
     Args:
-        model: With or without adapters; kernels in float32, bfloat16 or float16, which the weights keep.
-        folder: Made if it is not there. Files of an export in it are replaced.
-        verify: Load the folder with Transformers and compare. None does so where Transformers and torch are installed
-            and there is memory for it; what was done, or how to do it, is in the result.
+        model: A model with or without adapters. Its kernels are float32, bfloat16 or
+            float16; the written weights have the same dtype.
+        folder: Where to write; it is created if needed. An export in it is replaced.
+        verify: Whether to load the folder with Transformers and compare. None compares
+            where Transformers and torch are installed and memory suffices.
+
+    Returns:
+        The files, and a sentence that says how they were checked or how to check them.
 
     Raises:
-        ValueError: The model is quantized, or of an architecture that Transformers' Gemmas do not have; or the folder
-            holds a model that is no export of gl's.
-        RuntimeError: Transformers read the folder, and came to other logits, tokens or token ids.
+        ValueError: If the model is quantized, or has an architecture that Transformers
+            cannot express, or the folder holds a model that gl did not export.
+        RuntimeError: If Transformers reads other token ids, logits or answers.
     """
     config = transformers_config(model)
     folder = Path(folder).expanduser()
-    if (folder / "config.json").is_file() and MADE_BY not in (folder / "config.json").read_text(
-        "utf-8"
-    ):
+    old_config = folder / "config.json"
+    if old_config.is_file() and MADE_BY not in old_config.read_text("utf-8"):
         raise ValueError(f"{folder} holds a model that gl did not export. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(model, folder, config)
+    _write_weights(model, folder)
+    write_json(folder / "config.json", config)
+    _write_generation_settings(model, folder, config)
+    _write_tokenizer(model, folder)
     write_card(folder, model_card(model, kind="transformers"))
     files = sizes(folder)
-    checked, difference = _verified(model, folder, verify, sum(files.values()))
-    return Exported(folder, files, checked, difference)
+    reason = _reason_not_to_verify(model, verify, sum(files.values()))
+    if reason:
+        return Exported(folder, files, reason)
+    return Exported(folder, files, *_verify(model, folder))
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file in a folder."""
+    """Return the bytes of each file in a folder."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def _verified(model, folder: Path, verify: bool | None, size: int) -> tuple[str, float | None]:
-    """Read the folder with Transformers: a sentence on what came out, and the largest difference of two logits."""
-    again = "call export_transformers(model, folder, verify=True)"
-    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
-        if verify:
-            raise ValueError(
-                f"To verify an export takes {' and '.join(missing)}: pip install {' '.join(missing)}"
-            )
-        return f"Not checked: {' and '.join(missing)} not installed. Install, and {again}.", None
-    single = model.backbone.token_embedding.compute_dtype == "float32"
-    needed, free = size * (1.3 if single else 2.6), psutil.virtual_memory().available
-    if verify is None and needed > free:
-        return (
-            f"Not checked: it takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Elsewhere, {again}.",
-            None,
+def _computes_in_float32(model) -> bool:
+    return model.backbone.token_embedding.compute_dtype == "float32"
+
+
+def _reason_not_to_verify(model, verify: bool | None, size: int) -> str:
+    """Say why an export of `size` bytes is not checked; "" if it is.
+
+    Raises:
+        ValueError: If `verify` is true and a package is missing.
+    """
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing and verify:
+        raise ValueError(
+            f"Verifying an export needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
+    if missing:
+        missing = " and ".join(missing)
+        return f"Not checked: {missing} not installed. To check, install and {_CHECK_AGAIN}."
     if verify is False:
-        return f"Not checked, as asked. To check, {again}.", None
+        return f"Not checked, as asked. To check, {_CHECK_AGAIN}."
+    # Transformers reads everything in float32, twice the bytes of half precision; and a
+    # third more for what it computes.
+    needed = size * (1.3 if _computes_in_float32(model) else 2.6)
+    free = psutil.virtual_memory().available
+    if verify is None and needed > free:
+        memory = f"it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+        return f"Not checked: {memory}. On a larger machine, {_CHECK_AGAIN}."
+    return ""
+
+
+def _verify(model, folder: Path) -> tuple[str, float]:
+    """Read a folder with Transformers; compare token ids, logits and greedy answers.
+
+    Returns:
+        A sentence on the result, and the largest difference between two logits.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding.
+    """
+    version, encode, ask = _reader(folder)
+    tokenizer = tokenizer_of(model)
+    exact = _computes_in_float32(model)
+    differences = []
+    # Root mean square of the differences, as a share of the logits' own.
+    shares = []
+    # GPUs and TPUs would round float32 in products.
+    with jax.default_matmul_precision("float32"):
+        answers = generate(model, list(_PROMPTS), template=None, max_new_tokens=16)
+    for prompt, answer in zip(_PROMPTS, answers, strict=True):
+        ids = tokenizer.prompt(None, prompt)
+        if encode(prompt) != ids:
+            raise RuntimeError(f"Transformers' tokenizer encodes {prompt!r} otherwise, in {folder}")
+        inputs = np.array([ids])
+        with jax.default_matmul_precision("float32"):
+            ours = model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})
+        ours = np.asarray(ours).astype("float32")
+        theirs, new_ids = ask(inputs, tokenizer.id_of("<eos>"))
+        differences.append(float(np.abs(ours - theirs).max()))
+        shares.append(float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(ours**2))))
+        if exact and (new := tokenizer.decode(new_ids).strip()) != answer:
+            raise RuntimeError(
+                f"Transformers answers {prompt!r} otherwise: {new!r}, not {answer!r}, in {folder}"
+            )
+    worst = max(differences)
+    share = max(shares)
+    # Half precision alone moves logits by 0.5 to 1.1 %, a wrong config by 9 % and more.
+    # NaN is within no limit, hence `not`.
+    if not (worst <= 1e-4 if exact else share <= 0.05):
+        raise RuntimeError(
+            f"Transformers reads {folder}, but logits differ by {worst:.1e} ({share:.1%} of them)."
+        )
+    agreement = f"the same greedy tokens and logits within {worst:.1e}"
+    if not exact:
+        agreement = f"logits within {worst:.1e} ({share:.1%} of them), as half precision rounds"
+    return f"Read back with Transformers {version}: {agreement}.", worst
+
+
+def _reader(folder: Path):
+    """Load a folder with Transformers, in float32 and without its progress bars.
+
+    Returns:
+        Its version; a function from a text to token ids; and a function from token ids
+        of shape (1, tokens) and the id that ends a text to logits of shape (1, tokens,
+        vocabulary) and the ids of a greedy answer of up to 16 tokens.
+    """
     import torch
     import transformers
 
     bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
+    showed_bars = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     finally:
-        if shown:
+        if showed_bars:
             bars.enable_progress_bar()
-    encode, tokenizer = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(model)
-    differences, shares = (
-        [],
-        [],
-    )  # of a prompt's logits: the largest; and their root mean square, of the logits' own
-    with jax.default_matmul_precision("float32"):  # GPUs and TPUs else round float32 in products
-        answers, end = (
-            generate(model, list(_PROMPTS), template=None, max_new_tokens=16),
-            tokenizer.id_of("<eos>"),
-        )
-    for prompt, answer in zip(_PROMPTS, answers, strict=True):
-        ids = tokenizer.prompt(None, prompt)
-        if encode(prompt)["input_ids"] != ids:
-            raise RuntimeError(
-                f"Transformers' tokenizer encodes {prompt!r} otherwise, in {folder}."
-            )
-        inputs = np.array([ids])
-        with jax.default_matmul_precision("float32"):
-            ours = np.asarray(
-                model({"token_ids": inputs, "padding_mask": np.ones_like(inputs)})
-            ).astype("float32")
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def ask(inputs: np.ndarray, end: int) -> tuple[np.ndarray, list[int]]:
+        ids = torch.tensor(inputs)
         with torch.no_grad():
-            theirs = peer(torch.tensor(inputs)).logits.numpy()
-            new = peer.generate(
-                torch.tensor(inputs), max_new_tokens=16, do_sample=False, eos_token_id=end
-            )
-        differences.append(float(np.abs(ours - theirs).max()))
-        shares.append(float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(ours**2))))
-        new = new[0, len(ids) :].tolist()
-        if single and tokenizer.decode(new).strip() != answer:
-            raise RuntimeError(
-                f"Transformers answers {prompt!r} otherwise: {tokenizer.decode(new)!r}, not {answer!r}."
-            )
-    worst, share = max(differences), max(shares)
-    # Half precision alone moved logits by 0.5 to 1.1 %, a wrong config by 9 % and more. NaN is within no limit.
-    if not (worst <= 1e-4 if single else share <= 0.05):
-        raise RuntimeError(
-            f"Transformers reads {folder}, but logits differ by {worst:.1e} ({share:.1%} of them)."
-        )
-    what = f"the same greedy tokens and logits within {worst:.1e}"
-    if not single:
-        what = f"logits within {worst:.1e} ({share:.1%} of them), as half precision rounds"
-    return f"Read back with Transformers {transformers.__version__}: {what}.", worst
+            logits = model(ids).logits.numpy()
+            texts = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=end)
+        return logits, texts[0, ids.shape[1] :].tolist()
+
+    return transformers.__version__, lambda text: tokenizer(text)["input_ids"], ask

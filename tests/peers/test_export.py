@@ -1,4 +1,4 @@
-"""What is exported, read by those it is for: Transformers and PEFT come to the same logits, tokens and answers."""
+"""Transformers and PEFT read what we export, and compute the same as we do."""
 
 import json
 import os
@@ -53,7 +53,7 @@ FOUND = defaultdict(list)
 
 
 def in_float32(model, family):
-    """The same weights in a model that computes in float32, so that rounding hides no difference."""
+    """The same weights, computing in float32, so that rounding hides no difference."""
     twin = random_gemma(family)
     for weight, other in zip(twin.weights, model.weights, strict=True):
         weight.assign(np.asarray(other.value, "float32"))
@@ -63,9 +63,10 @@ def in_float32(model, family):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_out_computes_the_same(family, dtype, tmp_path_factory):
-    """Save and load, merge, Transformers, PEFT and back: each against the model as it was tuned.
+    """Save and load, merge, Transformers, PEFT and back: each against the tuned model.
 
-    Weights in bfloat16 are compared in float32 arithmetic, to the same 1e-4; what merging rounds away, bit by bit.
+    Weights in bfloat16 are compared in float32 arithmetic, to the same 1e-4. What
+    merging rounds away is compared bit by bit.
     """
     full = os.environ.get("HYPOTHESIS_PROFILE") == "full"
 
@@ -222,7 +223,7 @@ def test_transformers_gives_the_same_answers(tiny_tuned, ways):
 
 
 def test_gemma_3_with_global_layers_and_stretched_positions(tmp_path, monkeypatch):
-    """Each sixth layer sees the whole text, at another wavelength; in the larger Gemmas its positions are stretched."""
+    """Each sixth layer sees the whole text; its positions are stretched in large Gemmas."""
     monkeypatch.setitem(families.SHAPE, "num_layers", 7)
     monkeypatch.setitem(families.SHAPE, "global_rope_scaling_factor", 8.0)
     model = random_gemma("gemma3")

@@ -1,4 +1,4 @@
-"""The small model and our loss, checked against Transformers: the same weights, another library."""
+"""The small model and our loss against Transformers: same weights, another library."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_logits_agree(tiny, peer, examples):
 
 
 def test_the_loss_per_real_token_is_what_transformers_computes(tiny, peer, examples):
-    """Transformers averages over the labels that are not -100: here, over the response."""
+    """Transformers averages over labels other than -100: here, over the response."""
     total = count = 0
     for example in examples:
         ids = [*example.inputs, example.targets[-1]]
@@ -61,7 +61,7 @@ def test_greedy_answers_are_the_same(tiny, peer):
 
 
 def test_peft_and_keras_agree_on_the_update(random_model):
-    """With one factor A for all heads, Keras's update of a value layer is PEFT's B A, scaled by alpha / rank."""
+    """With one A for all heads, Keras's update is PEFT's B A, scaled by alpha / rank."""
     peft = pytest.importorskip("peft")
     model = random_model("gemma")
     gl.enable_lora(model, rank=2, alpha=6, targets=["value"])
