@@ -1,11 +1,20 @@
-"""Everything that could stop a run, each with its fix, before anything large is downloaded."""
+"""Look for everything that could stop a run, and say how to fix it.
 
+Here: `check` and its seven questions, three of them asked over the network. It changes
+and deletes nothing. Not here: what an error of a client means (`access.fetch`), and how
+much memory a run takes (`memory`).
+"""
+
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from importlib.metadata import PackageNotFoundError, requires, version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import huggingface_hub
@@ -13,45 +22,50 @@ import jax
 import kagglehub
 import keras
 import psutil
-from packaging.requirements import Requirement
 
-from gemma_lora.access.fetch import AccessError, Source, explain
-from gemma_lora.access.kaggle import (
-    THREE_WAYS,
-    check_hub_token,
-    hide,
-    share_colab_secrets,
-    timeouts,
-    used_place,
-    whose,
-)
+from gemma_lora.access.fetch import AccessError, Source, access_error
+from gemma_lora.access.kaggle import THREE_WAYS, hide, in_background, share_colab_secrets, whose
 from gemma_lora.memory import GIB, memory_budget
 from gemma_lora.models import TINY, local_folder
 from gemma_lora.records import DOLLY
 from gemma_lora.tables import ShowsAsTable, Table
 
 _PACKAGES = ("keras", "keras-hub", "jax", "kagglehub", "datasets")
-_SECONDS = 12  # the network has that long in all
+
+# The network has that long in all.
+_SECONDS = 12
+
+# What a refusal of the preset is called in the column "found", by reason.
 _WORDS = {
-    "consent": "not accepted",
-    "network": "not reached",
-    "unknown": "no such model",
     "busy": "too many requests",
-}
-_WORDS |= {
-    "server": "a fault at the other end",
+    "consent": "not accepted",
+    "credentials": "credentials not accepted",
     "damaged": "the download broke off",
     "disk": "could not be stored",
+    "network": "not reached",
+    "server": "a fault at the other end",
+    "unknown": "no such model",
 }
-_WORDS |= {"credentials": "credentials not accepted"}
 _COLORS = {"✓": "#188038", "✗": "#d93025", "–": "#5f6368"}
 
 
+class Answer(NamedTuple):
+    """The answer to one question: `ok` is True, False, or None if nothing was asked."""
+
+    ok: bool | None
+    found: str
+    fix: str = ""
+
+
 class Check(ShowsAsTable):
-    """What `check` found: `rows` are dicts of check, ok (True, False, or None where nothing was asked), found, fix."""
+    """What `check` found: `rows` are dicts of check, ok, found and fix.
+
+    `ok` is True, False, or None if nothing was asked.
+    """
 
     def __init__(self, preset: str, rows: list[dict]):
-        self.preset, self.rows = preset, rows
+        self.preset = preset
+        self.rows = rows
 
     @property
     def ok(self) -> bool:
@@ -63,16 +77,14 @@ class Check(ShowsAsTable):
 
     def table(self) -> Table:
         """A row for each check, with a mark."""
-        wrong = sum(row["ok"] is False for row in self.rows)
-        caption = f"{self.preset}: " + (
-            f"{wrong} of {len(self.rows)} checks failed" if wrong else "ready"
-        )
-        mark = {True: "✓", False: "✗", None: "–"}
-        rows = [
-            {"": mark[row["ok"]], **{key: row[key] for key in ("check", "found", "fix")}}
-            for row in self.rows
-        ]
-        return Table(rows, caption=caption)
+        failed = sum(row["ok"] is False for row in self.rows)
+        summary = f"{failed} of {len(self.rows)} checks failed" if failed else "ready"
+        marks = {True: "✓", False: "✗", None: "–"}
+        rows = []
+        for row in self.rows:
+            columns = {name: row[name] for name in ("check", "found", "fix")}
+            rows.append({"": marks[row["ok"]], **columns})
+        return Table(rows, caption=f"{self.preset}: {summary}")
 
     def _repr_html_(self) -> str:
         page = super()._repr_html_()
@@ -82,234 +94,204 @@ class Check(ShowsAsTable):
 
 
 def check(preset: str | Path = "gemma_2b_en") -> Check:
-    """Check all that could stop a run on a preset: packages, devices, memory, disk, credentials, licence, data.
+    """Check packages, device, memory, disk, credentials, licence and data for a preset.
 
-    Of the preset it fetches the smallest file. It takes some seconds; at most 15 where nobody answers. A name that is
-    neither a preset nor a folder is a ValueError.
+    It asks for the preset's smallest file, changes and deletes nothing, and takes some
+    seconds; at most 15 if nobody answers.
 
     >>> check("tiny_gemma_en")["licence"]["found"]
     'not needed: the model is part of this package'
-    """
-    local, source = local_folder(preset) is not None, Source(str(preset))
-    answers: dict[str, tuple] = {}
-    asking = (
-        [] if local else [threading.Thread(target=_ask_site, args=(source, answers), daemon=True)]
-    )
-    asking += (
-        []
-        if str(preset) == TINY
-        else [threading.Thread(target=_ask_data, args=(answers,), daemon=True)]
-    )
-    for thread in asking:
-        thread.start()
 
-    found = {
-        "packages": _packages(),
+    Raises:
+        ValueError: The name is neither a preset nor a folder.
+    """
+    name = str(preset)
+    local = local_folder(preset) is not None
+    source = Source(name)
+    deadline = time.monotonic() + _SECONDS
+    asked = [in_background(lambda: {"packages": _packages()})]
+    if not local:
+        asked.append(in_background(lambda: _site(source)))
+    if name != TINY:
+        asked.append(in_background(lambda: {"data": _data()}))
+
+    kind = "the model is part of this package" if name == TINY else f"{preset} is a folder"
+    not_needed = Answer(None, f"not needed: {kind}")
+    late = Answer(False, f"no answer within {_SECONDS} s", "Check the network, and run this again.")
+    answers = {
+        "packages": Answer(None, "pip took too long to look at them"),
         "device": _device(),
         "memory": _memory(preset),
         "disk": _disk(source, local),
+        "credentials": not_needed if local else late,
+        "licence": not_needed if local else late,
+        "data": Answer(True, "the small world is part of this package"),
     }
-    deadline = time.monotonic() + _SECONDS
-    for thread in asking:
-        thread.join(max(0, deadline - time.monotonic()))
-    late = (False, f"no answer within {_SECONDS} s", "Check the network, and run this again.")
-    here = "the model is part of this package" if str(preset) == TINY else f"{preset} is a folder"
-    for name in ("credentials", "licence"):
-        found[name] = (None, f"not needed: {here}", "") if local else answers.get(name, late)
-    found["data"] = (True, "the small world is part of this package", "")
-    if str(preset) != TINY:
-        found["data"] = answers.get("data", late)
-    return Check(
-        str(preset),
-        [
-            dict(zip(("check", "ok", "found", "fix"), (k, *v), strict=True))
-            for k, v in found.items()
-        ],
-    )
+    if name != TINY:
+        answers["data"] = late
+    for future in asked:
+        # What has not arrived by then stays late.
+        with suppress(TimeoutError):
+            answers.update(future.result(max(0, deadline - time.monotonic())))
+    rows = [{"check": question, **answer._asdict()} for question, answer in answers.items()]
+    return Check(name, rows)
 
 
-def _packages() -> tuple:
-    """What the packages that matter ask for, and what is installed."""
-    have = {name: _version(name) for name in _PACKAGES}
-    bad = []
-    for package in ("gemma-lora", *_PACKAGES, "keras-nlp"):
-        try:
-            wanted = [Requirement(text) for text in requires(package) or []]
-        except PackageNotFoundError:
-            continue
-        for one in wanted:
-            if (one.marker and not one.marker.evaluate({"extra": ""})) or one.name.startswith(
-                "tensorflow"
-            ):
-                continue  # KerasHub has been imported: it has the TensorFlow that it needs
-            if (got := _version(one.name)) is None or not one.specifier.contains(
-                got, prereleases=True
-            ):
-                bad.append(
-                    (
-                        f"{package} wants {one.name} {one.specifier}; there is {got}",
-                        f'"{one.name}{one.specifier}"',
-                    )
-                )
+# This machine
+
+
+def _packages() -> Answer:
+    """See whether the installed versions go together, by pip's own check."""
+    problems = {}
+    output = _pip_check()
+    names = "|".join(("gemma-lora", "keras-nlp", *_PACKAGES))
+    for line in output.splitlines():
+        wanted = re.match(rf"({names}) \S+ (?:has requirement|requires) (.+?)(;|, )", line)
+        # KerasHub has been imported, so it has the TensorFlow that it needs.
+        if wanted and not wanted[2].startswith("tensorflow"):
+            problems[line.rstrip(".")] = f'"{wanted[2]}"'
+    # pip does not see this one: a plugin does not say which jaxlib it is for.
     for plugin in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
-        if (got := _version(plugin)) and got != _version("jaxlib"):
-            bad.append(
-                (f"{plugin} {got} beside jaxlib {_version('jaxlib')}", f'-U "jax[{plugin[4:10]}]"')
-            )
-    if (got := _version("keras-nlp")) and got != have["keras-hub"]:
-        bad.append(
-            (
-                f"keras-nlp {got} beside keras-hub {have['keras-hub']}",
-                f'"keras-nlp=={have["keras-hub"]}"',
-            )
-        )
-    if bad:
-        fix = f"pip install {' '.join(dict.fromkeys(fix for _, fix in bad))}, then restart."
-        return False, "; ".join(what for what, _ in bad), fix
-    return True, ", ".join(f"{name} {number}" for name, number in have.items()), ""
+        installed = _version(plugin)
+        if installed and installed != _version("jaxlib"):
+            problem = f"{plugin} {installed} beside jaxlib {_version('jaxlib')}"
+            problems[problem] = f'-U "jax[{plugin[4:10]}]"'
+    if problems:
+        packages = " ".join(dict.fromkeys(problems.values()))
+        return Answer(False, "; ".join(problems), f"pip install {packages}, then restart.")
+    return Answer(True, ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
 
 
-def _device() -> tuple:
-    backend, devices = keras.config.backend(), jax.devices()
+def _pip_check() -> str:
+    """Return the lines of `pip check`; none if this environment has no pip."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "check"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def _device() -> Answer:
+    """See whether Keras computes with JAX, and on the GPU if one is here."""
+    backend = keras.config.backend()
+    devices = jax.devices()
     found = f"{backend}: {len(devices)} x {devices[0].device_kind}"
     if backend != "jax":
-        return (
-            False,
-            found,
-            "Restart the runtime, and call gl.setup() before anything imports keras.",
-        )
+        fix = "Restart the runtime, and call gl.setup() before anything imports keras."
+        return Answer(False, found, fix)
     if devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
-        return (
-            False,
-            f"{found}, though there is an NVIDIA driver",
-            'pip install -U "jax[cuda12]", then restart.',
-        )
-    return True, found, ""
+        found += ", although this machine has an NVIDIA driver"
+        return Answer(False, found, 'pip install -U "jax[cuda12]", then restart.')
+    return Answer(True, found)
 
 
-def _memory(preset) -> tuple:
-    host = f"host: {psutil.virtual_memory().available / GIB:.1f} of {psutil.virtual_memory().total / GIB:.1f} GiB free"
+def _memory(preset: str | Path) -> Answer:
+    """See whether training fits into this machine's device."""
+    memory = psutil.virtual_memory()
+    host = f"host: {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
     try:
         budget = memory_budget(preset, compile=False)
     except ValueError as error:
-        return None, f"{error} {host}", ""
+        return Answer(None, f"{error} {host}")
     here = budget.devices()[0]
-    found = f"training takes about {here['training']} GiB, answering {here['generation']}; here are {here['GiB']}. {host}"
-    if here["fits"] == "no":
-        return (
-            False,
-            found,
-            f"Fits with: {here['nearest that fits']}. In Colab: Runtime > Change runtime type > T4.",
-        )
-    slow = jax.devices()[0].platform == "cpu" and budget.parameters > 10**9
-    return True, found + ("; on a CPU an epoch takes many hours" if slow else ""), ""
-
-
-def _disk(source: Source, local: bool) -> tuple:
-    folder = Path(
-        kagglehub.config.get_cache_folder()
-        if source.site != "hf"
-        else huggingface_hub.constants.HF_HUB_CACHE
+    found = (
+        f"training takes about {here['training']} GiB, answering {here['generation']}; "
+        f"here are {here['GiB']}. {host}"
     )
+    if here["fits"] == "no":
+        fix = f"Fits with: {here['nearest that fits']}. In Colab: Runtime > Change runtime type "
+        return Answer(False, found, fix + "> T4.")
+    if jax.devices()[0].platform == "cpu" and budget.parameters > 10**9:
+        found += "; on a CPU an epoch takes many hours"
+    return Answer(True, found)
+
+
+def _disk(source: Source, local: bool) -> Answer:
+    """See whether the download fits into the folder where the client keeps it."""
+    # private: kagglehub.config
+    cache = kagglehub.config.get_cache_folder()
+    if source.site == "hf":
+        cache = huggingface_hub.constants.HF_HUB_CACHE
+    folder = Path(cache)
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / GIB
-    try:
-        need = (
-            0 if local else 2 * memory_budget(source.preset, compile=False).parameters / GIB
-        )  # stored as bfloat16
-    except ValueError:
-        need = 0
-    shown = str(folder).replace(str(Path.home()), "~", 1)
-    found = f"{free:.1f} GiB free in {shown}" + (
-        f"; the download takes about {need:.1f}" if need else ""
-    )
+    need = 0
+    if not local:
+        try:
+            # Presets are stored in bfloat16, 2 bytes a parameter.
+            need = 2 * memory_budget(source.preset, compile=False).parameters / GIB
+        except ValueError:
+            need = 0
+    found = f"{free:.1f} GiB free in {str(folder).replace(str(Path.home()), '~', 1)}"
+    if need:
+        found += f"; the download takes about {need:.1f}"
     if free < need + 1:
-        return (
-            False,
-            found,
-            "Delete what you can spare, or set KAGGLEHUB_CACHE (hf://: HF_HOME) to a larger disk.",
-        )
-    return True, found, ""
+        fix = "Delete what you can spare, or set KAGGLEHUB_CACHE (hf://: HF_HOME) to a larger disk."
+        return Answer(False, found, fix)
+    return Answer(True, found)
 
 
-def _ask_site(source: Source, answers: dict) -> None:
-    """Fetch the smallest file of the preset, and see what that tells about credentials and licence."""
+# Over the network, in the background
+
+
+def _site(source: Source) -> dict[str, Answer]:
+    """Ask for the preset's smallest file: what that says of credentials and licence."""
+
+    def both(credentials: Answer, licence: Answer) -> dict[str, Answer]:
+        return {"credentials": credentials, "licence": licence}
+
     try:
         share_colab_secrets()
-        if source.site == "hf":
-            check_hub_token()
-        place = (
-            used_place()
-            if source.site == "kaggle"
-            else "the Hub's own: huggingface_hub.login() or HF_TOKEN"
-        )
+        place = source.credentials()
     except ValueError as error:
-        answers["credentials"], answers["licence"] = (
-            (False, str(error), "See there."),
-            (None, "not asked", ""),
-        )
-        return
-    here = f"found in: {place}" if place else "none found"
+        return both(Answer(False, str(error), "See there."), Answer(None, "not asked"))
+    found = f"found in: {place}" if place else "none found"
     try:
-        with timeouts(4, 8), tempfile.TemporaryDirectory() as folder:
-            if (
-                source.site == "kaggle"
-            ):  # what is in the cache says nothing of the credentials of today
-                kagglehub.model_download(source.handle, "config.json", output_dir=folder)
-            else:
-                source.file("config.json")
-            user = whose() if source.site == "kaggle" and place else None
-        answers["credentials"] = (True, here + (f", of {user}" if user else ""), "")
-        answers["licence"] = (True, f"{source.host} hands out {source.handle}", "")
+        # Some seconds are left, to ask for the user or to look into the cache.
+        in_background(lambda: _ask_for_config(source)).result(_SECONDS * 2 / 3)
+        user = whose() if source.site == "kaggle" and place else None
+        if user:
+            found += f", of {user}"
+        licence = Answer(True, f"{source.host} hands out {source.handle}")
+        return both(Answer(True, found), licence)
     except Exception as error:
-        try:
-            problem = explain(error, source)
-        except Exception as other:
-            problem = AccessError("unknown", f"{type(other).__name__}: {other}")
-        if source.site and source.is_complete():
-            answers["credentials"] = (None, here, "")
-            answers["licence"] = (
-                True,
-                f"all is on this machine; {source.host}: {_WORDS[problem.reason]}",
-                "",
-            )
-            return
-        if problem.reason == "credentials":
-            fix = THREE_WAYS if place is None else str(problem)
-            answers["credentials"], answers["licence"] = (
-                (False, here, fix),
-                (None, "not asked: no credentials", ""),
-            )
-        else:
-            known = problem.reason == "consent"
-            answers["credentials"] = (
-                True if known else None if place else False,
-                here,
-                "" if place else THREE_WAYS,
-            )
-            answers["licence"] = (False, _WORDS[problem.reason], str(problem))
+        problem = access_error(error, source, place)
+        problem = problem or AccessError("unknown", f"{type(error).__name__}: {error}")
+    if source.site and source.is_complete():
+        words = f"everything is on this machine; {source.host}: {_WORDS[problem.reason]}"
+        return both(Answer(None, found), Answer(True, words))
+    if problem.reason == "credentials":
+        fix = str(problem) if place else THREE_WAYS
+        return both(Answer(False, found, fix), Answer(None, "not asked: no credentials"))
+    licence = Answer(False, _WORDS[problem.reason], str(problem))
+    if place is None:
+        return both(Answer(False, found, THREE_WAYS), licence)
+    return both(Answer(True if problem.reason == "consent" else None, found), licence)
 
 
-def _ask_data(answers: dict) -> None:
+def _ask_for_config(source: Source) -> None:
+    """Ask for config.json itself: an old one in the cache would say nothing."""
+    if source.site == "hf":
+        url = huggingface_hub.hf_hub_url(source.handle, "config.json")
+        huggingface_hub.get_hf_file_metadata(url, timeout=_SECONDS)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        kagglehub.model_download(source.handle, "config.json", output_dir=folder)
+
+
+def _data() -> Answer:
     """See whether Dolly is cached, or can be fetched."""
+    # private: how `datasets` names the folders of its cache
     cache = Path(datasets.config.HF_DATASETS_CACHE, DOLLY.replace("/", "___"))
     if cache.is_dir() and any(cache.rglob("*.arrow")):
-        answers["data"] = (True, f"{DOLLY} is cached", "")
-        return
+        return Answer(True, f"{DOLLY} is cached")
     try:
-        huggingface_hub.HfApi().dataset_info(DOLLY, timeout=6)
-        answers["data"] = (True, f"{DOLLY} can be fetched from the Hub", "")
+        huggingface_hub.HfApi().dataset_info(DOLLY, timeout=_SECONDS / 2)
+        return Answer(True, f"{DOLLY} can be fetched from the Hub")
     except Exception as error:
-        reason = next(
-            (line for line in hide(str(error)).splitlines() if line.strip()), type(error).__name__
-        )
-        fix = "Check the network; or use gl.load_records() on a file of yours, or gl.load_tiny_world()."
-        answers["data"] = (
-            False,
-            f"{DOLLY} is not cached, and the Hub does not answer: {reason:.120}",
-            fix,
-        )
+        lines = [line for line in hide(str(error)).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+    found = f"{DOLLY} is not cached, and the Hub does not answer: {reason:.120}"
+    fix = "Check the network; or use gl.load_records() on a file of yours, or gl.load_tiny_world()."
+    return Answer(False, found, fix)
 
 
 def _version(package: str) -> str | None:

@@ -10,10 +10,11 @@ import re
 import socket
 import struct
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # Faults: any HTTP status, or one of these.
@@ -363,6 +364,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+@contextmanager
+def hub_of_this_process(server: HubServer, cache: Path):
+    """Make a server the Hub of this process, and a folder its cache; it waits half a second."""
+    from huggingface_hub import constants
+
+    server.start()
+    url = server.url_for_tokens
+    template = url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    changed = {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+        # A storage of its own, with a protocol of its own.
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_ETAG_TIMEOUT": 0.5,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+    }
+    try:
+        with patch.multiple(constants, **changed):
+            yield server
+    finally:
+        server.stop()
 
 
 def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:

@@ -197,11 +197,11 @@ class KaggleServer(LoopbackServer):
 
 @contextmanager
 def serving(server: KaggleServer, cache: Path):
-    """Make a server the Kaggle of this process, and a folder its cache; there are no credentials in the environment.
+    """Make a server the Kaggle of this process, and a folder its cache.
 
-    Those in files count: HOME says where they are.
+    The environment holds no credentials meanwhile. Those in files count: HOME says where.
     """
-    from kagglehub import config
+    from kagglehub import clients, config
     from kagglesdk import kaggle_env
 
     server.start()
@@ -213,6 +213,8 @@ def serving(server: KaggleServer, cache: Path):
             patch.object(
                 config, "DEFAULT_KAGGLE_CREDENTIALS_FOLDER", str(Path.home() / ".kaggle")
             ),  # read at import
+            # It looks for who called through the whole stack, which takes a second under pytest.
+            patch.object(clients, "get_user_agent", lambda: "kagglehub"),
         ):
             yield server
     finally:

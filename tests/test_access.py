@@ -1,33 +1,41 @@
-"""Every way in which a preset cannot be fetched: the real clients against servers on loopback.
+"""Every way in which a preset cannot be fetched, and what is then said.
 
-Each test ends in a loaded model or one clear sentence, and then, the fault gone, in a model that answers.
-With ACCESS_TABLE=FILE in the environment, FILE then says, as Markdown, what each fault leads to.
+First the table: what a recorded error of a real client means, as the pure function that it is.
+Then the real clients against servers on loopback: one test for each outcome and site. The
+matrix of faults and files is marked `full`; with ACCESS_TABLE=FILE in the environment, FILE
+then says, as Markdown, what each fault leads to.
 """
 
+import builtins
+import errno
 import functools
-import json
+import http.client
 import os
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import kagglehub
 import numpy as np
 import pytest
-from hub_server import CUT, HANG, HANG_HALF, HANG_UP, RESET, SHORT, HubServer, Response
-from huggingface_hub import constants
+import requests
+from hub_server import CUT, HANG, HANG_UP, RESET, SHORT, HubServer, Response, hub_of_this_process
+from huggingface_hub import constants, errors
 from kaggle_server import KaggleServer, serving
+from kagglehub.exceptions import DataCorruptionError, KaggleApiHTTPError
 
 import gemma_lora as gl
+from gemma_lora import checks
 from gemma_lora.access import fetch as access
 from gemma_lora.access import kaggle as credentials
-from gemma_lora.access.fetch import AccessError
+from gemma_lora.access.fetch import AccessError, Source, explain
 from gemma_lora.models import TINY, TINY_FOLDER
-from gemma_lora.records import DOLLY
 
 PRESET, HANDLE = "gemma_2b_en", "keras/gemma/keras/gemma_2b_en/3"
 PAGE = "https://www.kaggle.com/models/keras/gemma"
@@ -36,26 +44,155 @@ ADA, EVE, NOBODY = "KGAT_ada_secret", "KGAT_eve_secret", "KGAT_nobody_secret"
 REPO, HF = "someone/tiny", "hf://someone/tiny"
 HF_ADA, HF_EVE = "hf_ada_secret", "hf_eve_secret"
 SECRETS = (ADA, EVE, NOBODY, HF_ADA, HF_EVE)
-EVERYWHERE = {
-    "401",
-    "403",
-    "404",
-    "503, always",
-    "hangs",
-    "half of it",
-}  # on other files than the weights: long counts
 LOADS = "loads"
 
-
-def at_places(faults, *places) -> list:
-    """Pair faults with the files that they meet."""
-    long = {(fault, place) for fault in faults for place in places if place == VOCABULARY}
-    long |= {(fault, CONFIG) for fault in faults if fault not in EVERYWHERE}
-    pairs = [(fault, place) for fault in faults for place in places]
-    return [pytest.param(*pair, marks=[pytest.mark.full] if pair in long else []) for pair in pairs]
+# The Hub's client has changed its HTTP library twice: take the one that this version uses.
+HTTP = sys.modules[type(huggingface_hub.utils.get_session()).__module__.partition(".")[0]]
 
 
-TEMPLATE = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+# What an error means: a table
+
+
+def kaggle_answer(status: int, text: str = "") -> Exception:
+    """Make what kagglehub raises for an answer."""
+    response = requests.Response()
+    response.status_code = status
+    return KaggleApiHTTPError(f"{status} Client Error. {text}", response=response)
+
+
+def hub_answer(status: int, kind=errors.HfHubHTTPError, text: str = "") -> Exception:
+    """Make what huggingface_hub raises for an answer."""
+    request = HTTP.Request("GET", "https://huggingface.co/someone/tiny")
+    return kind(f"{status} {text}", response=HTTP.Response(status, request=request))
+
+
+def after(cause: Exception, error: Exception) -> Exception:
+    """Make an error that was raised while another one was handled, as KerasHub does."""
+    error.__context__ = cause
+    return error
+
+
+def no_config() -> Exception:
+    return FileNotFoundError("`config.json` doesn't exist in preset directory `gemma_2b_en`.")
+
+
+def disk(number: int) -> Exception:
+    return OSError(number, os.strerror(number), "/somewhere/model.weights.h5")
+
+
+NO_TOKEN = ("KAGGLE_API_TOKEN", PAGE, "Settings > API", "tiny_gemma_en")
+REFUSED = ("does not accept", "environment: KAGGLE_API_TOKEN", "Create a new token")
+CONSENT = ("has not accepted the licence of 'gemma_2b_en'", PAGE)
+HUB_NO_TOKEN = ("no token for the Hub", f"huggingface.co/{REPO}", "HF_TOKEN")
+MISSING = ("spelt right", HANDLE)
+BUSY = ("rate-limiting", "429", "Wait a few minutes")
+SILENT = ("did not answer in time", "tiny_gemma_en")
+AWAY = ("cannot be reached", "proxy", "tiny_gemma_en")
+BROKEN = ("broke off", "Run this again")
+FULL = ("disk is full", "Delete what you can spare")
+CLOSED = ("cannot be stored",)
+K, H = PRESET, HF
+KAGGLE_TOKEN, HUB_TOKEN = "environment: KAGGLE_API_TOKEN", "HF_TOKEN"
+
+# error, preset, place of the credentials, user, reason, words in the sentence
+EXPLAINED = [
+    (kaggle_answer(401), K, None, None, "credentials", NO_TOKEN),
+    (kaggle_answer(403), K, None, None, "credentials", NO_TOKEN),
+    (kaggle_answer(401), K, KAGGLE_TOKEN, None, "credentials", (*REFUSED, "(401)")),
+    (kaggle_answer(403), K, KAGGLE_TOKEN, None, "credentials", (*REFUSED, "(403)")),
+    (kaggle_answer(403), K, KAGGLE_TOKEN, "ada", "consent", ("ada", "sign in as ada", *CONSENT)),
+    (kaggle_answer(404), K, KAGGLE_TOKEN, "ada", "unknown", MISSING),
+    (kaggle_answer(429), K, KAGGLE_TOKEN, None, "busy", BUSY),
+    (kaggle_answer(500), K, KAGGLE_TOKEN, None, "server", ("Kaggle has a fault", "(500)")),
+    (kaggle_answer(503), K, KAGGLE_TOKEN, None, "server", ("in some minutes", "(503)")),
+    (kaggle_answer(400, "strange"), K, KAGGLE_TOKEN, None, "unknown", ("unexpected", "strange")),
+    (kaggle_answer(418), K, KAGGLE_TOKEN, None, "unknown", ("unexpected answer (418)",)),
+    (after(kaggle_answer(403), no_config()), K, KAGGLE_TOKEN, "ada", "consent", CONSENT),
+    (after(kaggle_answer(404), no_config()), K, KAGGLE_TOKEN, None, "unknown", MISSING),
+    (after(kaggle_answer(502), ValueError("502")), K, KAGGLE_TOKEN, None, "server", ("(502)",)),
+    (kaggle_answer(403), "kaggle://a/b/keras/c", KAGGLE_TOKEN, "ada", "consent",
+     ("do not exist", "https://www.kaggle.com/models/a/b")),
+    (requests.ConnectTimeout(), K, KAGGLE_TOKEN, None, "network", SILENT),
+    (requests.ReadTimeout(), K, KAGGLE_TOKEN, None, "network", SILENT),
+    (TimeoutError(), K, KAGGLE_TOKEN, None, "network", SILENT),
+    (after(TimeoutError(), requests.ConnectionError()), K, KAGGLE_TOKEN, None, "network", SILENT),
+    (requests.ConnectionError("refused"), K, KAGGLE_TOKEN, None, "network", AWAY),
+    (requests.exceptions.ProxyError(), K, KAGGLE_TOKEN, None, "network", AWAY),
+    (requests.exceptions.SSLError(), K, KAGGLE_TOKEN, None, "network", AWAY),
+    (ConnectionResetError(), K, KAGGLE_TOKEN, None, "network", AWAY),
+    (requests.exceptions.ChunkedEncodingError("cut"), K, KAGGLE_TOKEN, None, "damaged", BROKEN),
+    (requests.exceptions.ContentDecodingError(), K, KAGGLE_TOKEN, None, "damaged", BROKEN),
+    (after(http.client.IncompleteRead(b""), requests.ConnectionError()), K, KAGGLE_TOKEN,
+     None, "damaged", BROKEN),
+    (DataCorruptionError("MD5"), K, KAGGLE_TOKEN, None, "damaged", BROKEN),
+    (requests.exceptions.JSONDecodeError("no", "<html>", 0), K, KAGGLE_TOKEN, None, "server",
+     ("a web page", "login")),
+    (disk(errno.ENOSPC), K, KAGGLE_TOKEN, None, "disk", (*FULL, "KAGGLEHUB_CACHE")),
+    (disk(errno.EDQUOT), H, HUB_TOKEN, None, "disk", (*FULL, "HF_HOME")),
+    (disk(errno.EACCES), K, KAGGLE_TOKEN, None, "disk", (*CLOSED, "KAGGLEHUB_CACHE")),
+    (disk(errno.EROFS), H, HUB_TOKEN, None, "disk", (*CLOSED, "HF_HOME")),
+    (disk(errno.ENOTDIR), K, KAGGLE_TOKEN, None, "disk", CLOSED),
+    (hub_answer(401, errors.GatedRepoError), H, None, None, "credentials", HUB_NO_TOKEN),
+    (hub_answer(401, errors.RepositoryNotFoundError), H, HUB_TOKEN, None, "credentials",
+     ("does not accept this machine's token", REPO, "login()")),
+    (hub_answer(403, errors.GatedRepoError), H, HUB_TOKEN, None, "consent",
+     ("has no access to", f"huggingface.co/{REPO}", "accept")),
+    (hub_answer(403), H, None, None, "credentials", HUB_NO_TOKEN),
+    (hub_answer(404, errors.RepositoryNotFoundError), H, HUB_TOKEN, None, "unknown", (REPO,)),
+    (hub_answer(404, errors.RemoteEntryNotFoundError), H, None, None, "unknown", ("spelt",)),
+    (hub_answer(429), H, None, None, "busy", BUSY),
+    (hub_answer(504), H, None, None, "server", ("The Hugging Face Hub has a fault", "(504)")),
+    (after(hub_answer(503), errors.LocalEntryNotFoundError("no")), H, None, None, "server",
+     ("(503)",)),
+    (errors.LocalEntryNotFoundError("no connection"), H, None, None, "network", AWAY),
+    (errors.OfflineModeIsEnabled("offline"), H, None, None, "network", ("HF_HUB_OFFLINE forbids",)),
+    (HTTP.ConnectTimeout("slow"), H, None, None, "network", SILENT),
+    (HTTP.ReadTimeout("slow"), H, None, None, "network", SILENT),
+    (HTTP.ConnectError("refused"), H, None, None, "network", AWAY),
+    (HTTP.RemoteProtocolError("closed"), H, None, None, "damaged", BROKEN),
+    (OSError("Consistency check failed: file should be of size 7"), H, None, None, "damaged",
+     BROKEN),
+    (ValueError("Invalid model handle: keras/gemma"), K, None, None, None, ()),
+    (KeyError("module"), H, None, None, None, ()),
+]  # fmt: skip
+
+
+@contextmanager
+def nothing_is_touched():
+    """Note every look at a disk or the network meanwhile; there is to be none."""
+    touched = []
+    watched = ((builtins, "open"), (os, "stat"), (os, "unlink"), (os, "remove"), (os, "scandir"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (*watched, (socket, "socket"), (shutil, "rmtree")):
+            patch.setattr(module, name, lambda *args, **options: touched.append(args))
+        yield
+    assert not touched
+
+
+@pytest.mark.parametrize(
+    ("error", "preset", "place", "user", "reason", "words"),
+    EXPLAINED,
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_is_explained(error, preset, place, user, reason, words):
+    source = Source(preset)
+    with nothing_is_touched():
+        problem = explain(error, source, place=place, user=user)
+    if reason is None:
+        assert problem is None
+        return
+    assert problem.reason == reason, problem
+    assert all(word in problem.sentence for word in words), problem.sentence
+    is_short(problem.sentence)
+
+
+def is_short(sentence: str):
+    own = sentence.replace(credentials.THREE_WAYS, "").replace("...", "")
+    assert own.count(". ") <= 4 and len(own) < 600, own
+    assert "no config.json" not in sentence and "{" not in sentence
+
+
+# The real clients
 
 OUTCOMES: dict[tuple[str, str], str] = {}  # (fault, place) -> what came of it
 
@@ -74,14 +211,14 @@ def table():
         )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_waiting(monkeypatch, tmp_path):
     """Nobody waits long here, and nobody has credentials in files."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    quick = functools.partial(credentials.timeouts, 0.5, 0.5)
-    monkeypatch.setattr(access, "timeouts", quick)
-    monkeypatch.setattr(credentials, "timeouts", quick)
+    monkeypatch.setattr(credentials, "SECONDS", 0.5)
+    monkeypatch.setattr(access, "_HUB_SECONDS", 0.5)
+    monkeypatch.setattr(checks, "_pip_check", lambda: "")
 
 
 @pytest.fixture
@@ -100,27 +237,14 @@ def model_hub(tmp_path, monkeypatch, no_waiting):
     server = HubServer()
     server.models[REPO] = TINY_FOLDER
     server.tokens_with_access = {HF_ADA}
-    server.start()
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url_for_tokens + TEMPLATE)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url_for_tokens)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    ask = huggingface_hub.HfApi.model_info
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "model_info",
-        lambda self, repo, timeout: ask(self, repo, timeout=timeout / 20),
-    )
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    yield server
-    server.stop()
+    with hub_of_this_process(server, tmp_path / "hub"):
+        yield server
 
 
-def cached(tmp_path: Path, name: str) -> Path:
-    """Where Kaggle's client keeps a file of the preset."""
-    return tmp_path / "cache/models" / HANDLE / name
+def cached(folder: Path, name: str) -> Path:
+    """Find a file of the preset in a cache."""
+    return next(file for file in folder.rglob("*") if str(file).endswith(name))
 
 
 @functools.cache
@@ -153,12 +277,10 @@ def outcome(load=gl.load, preset=PRESET) -> tuple[str, str]:
     try:
         model = load(preset)
     except AccessError as error:
-        sentence = str(error)
-        own = sentence.replace(credentials.THREE_WAYS, "").replace("...", "")
-        assert "no config.json" not in sentence
-        assert not any(secret in sentence for secret in SECRETS)
-        assert own.count(". ") <= 4 and len(own) < 600, own
-        return error.reason, sentence
+        assert error.__cause__ is None and error.__context__ is None
+        assert not any(secret in str(error) + repr(error) for secret in SECRETS)
+        is_short(str(error))
+        return error.reason, str(error)
     assert load is not gl.load or is_the_small_model(model)
     return LOADS, ""
 
@@ -170,81 +292,137 @@ def expect(fault: str, place: str, reason: str, words: tuple[str, ...] = (), **h
     assert found == reason, sentence
     for word in words:
         assert word in sentence
-    return found
+    return sentence
 
 
-def expect_recovery(server, preset=PRESET):
+def do_as_told(sentence: str, folder: Path):
+    """Run the command that a sentence about a damaged copy ends with, within a folder."""
+    command = shlex.split(sentence.splitlines()[-1])
+    assert command[:2] == ["rm", "-r"] and folder in Path(command[2]).parents
+    subprocess.run(command, check=True)
+
+
+def expect_recovery(server, preset=PRESET, load=gl.load):
     """The fault is gone: the next call works."""
     server.failing = {}
     server.start()
-    assert outcome(preset=preset) == (LOADS, "")
+    assert outcome(preset=preset, load=load) == (LOADS, "")
 
 
-# Kaggle: what goes wrong on the way
+# One test for each outcome: a tokenizer is the smallest download
 
-NO_TOKEN = ("KAGGLE_API_TOKEN", PAGE, "Settings > API", "tiny_gemma_en")
-WRONG = ("does not accept", "environment: KAGGLE_API_TOKEN", "Create a new token")
-NO_CONSENT = ("has not accepted the licence of 'gemma_2b_en'", PAGE)
-FAULTS = {  # name: (fault, reason, words in the sentence)
-    "200": ([], LOADS, ()),
-    "401": (401, "credentials", (*WRONG, "(401)")),
-    "403": (403, "consent", ("ada", *NO_CONSENT)),
-    "404": (404, "unknown", (HANDLE, "spelt")),
-    "429": (429, "busy", ("429", "Wait")),
-    "500, then 200": ([500], LOADS, ()),
-    "503, always": (503, "server", ("503", "in some minutes")),
-    "hangs": (HANG, "network", ("did not answer in time", "tiny_gemma_en")),
-    "hangs once": ([HANG], "network", ("did not answer in time", "tiny_gemma_en")),
-    "hangs half-way": (HANG_HALF, "network", ("did not answer in time",)),
-    "cut in half once": ([CUT], LOADS, ()),
-    "cut in half, always": (CUT, "damaged", ("broke off", "Run this again")),
-    "half of it as if it were all, once": ([SHORT], LOADS, ()),
-    "half of it as if it were all, always": (SHORT, "damaged", ("Run this again",)),
-    "connection reset": (RESET, "network", ("cannot be reached", "proxy")),
-    "connection closed": (HANG_UP, "network", ("cannot be reached", "proxy")),
-}
+TOKENIZER = {"load": gl.load_tokenizer}
+ENDS = [
+    # token, fault, reason, words
+    (ADA, None, LOADS, ()),
+    (NOBODY, None, "credentials", (*REFUSED, "(401)")),
+    (EVE, None, "consent", ("eve", "sign in as eve", *CONSENT)),
+    (None, None, "credentials", NO_TOKEN),
+    (ADA, {CONFIG: 404}, "unknown", MISSING),
+    (ADA, {CONFIG: 429}, "busy", BUSY),
+    (ADA, {CONFIG: 503}, "server", ("503",)),
+    (ADA, {CONFIG: HANG}, "network", SILENT),
+    (ADA, {CONFIG: RESET}, "network", AWAY),
+    (ADA, {VOCABULARY: CUT}, "damaged", BROKEN),
+    (ADA, {VOCABULARY: SHORT}, "damaged", BROKEN),
+    (ADA, {VOCABULARY: 503}, "server", ("503",)),
+    (EVE, {"Hello": 503}, "credentials", ("(403)",)),
+]
 
 
-@pytest.mark.parametrize(("fault", "place"), at_places(FAULTS, CONFIG, WEIGHTS, VOCABULARY))
-def test_a_fault_ends_in_a_model_or_a_sentence_and_the_next_call_works(kaggle, fault, place):
-    how, reason, words = FAULTS[fault]
-    kaggle.failing = {place: list(how) if isinstance(how, list) else how}
-    if expect(fault, place, reason, words) != LOADS:
-        expect_recovery(kaggle)
-
-
-# Kaggle: whose credentials
-
-
-@pytest.mark.parametrize(
-    ("token", "fault", "reason", "words"),
-    [
-        (ADA, "signed in, consent given", LOADS, ()),
-        (NOBODY, "a wrong token", "credentials", (*WRONG, "(401)")),
-        (EVE, "signed in, no consent", "consent", ("eve", *NO_CONSENT, "sign in as eve")),
-        (None, "no credentials", "credentials", NO_TOKEN),
-    ],
-)
-def test_each_refusal_says_whose_it_is_and_the_way_out(kaggle, token, fault, reason, words):
+@pytest.mark.parametrize(("token", "fault", "reason", "words"), ENDS)
+def test_kaggle_ends_in_a_tokenizer_or_a_sentence(kaggle, token, fault, reason, words):
     sign_in(token)
-    expect(fault, CONFIG, reason, words)
+    kaggle.failing = fault or {}
+    expect(str(fault), str(token), reason, words, **TOKENIZER)
     sign_in(ADA)
-    expect_recovery(kaggle)
+    expect_recovery(kaggle, **TOKENIZER)
+    asked = {what for what, _ in kaggle.requests}
+    assert not any("weights" in what for what in asked)
 
 
-def test_consent_given_meanwhile_is_seen_by_the_next_call(kaggle):
-    sign_in(EVE)
-    assert outcome()[0] == "consent"
-    kaggle.consented.add("eve")
-    expect_recovery(kaggle)
+HUB_ENDS = [
+    # token, gated, fault, reason, words
+    (None, False, None, LOADS, ()),
+    (HF_ADA, True, None, LOADS, ()),
+    (None, True, None, "credentials", HUB_NO_TOKEN),
+    (HF_EVE, True, None, "consent", (f"huggingface.co/{REPO}", "accept")),
+    (HF_EVE, False, {"": 401}, "credentials", ("does not accept this machine's token",)),
+    (None, False, {CONFIG: 404}, "unknown", (REPO, "spelt")),
+    (None, False, {"": 429}, "busy", BUSY),
+    (None, False, {"": 503}, "server", ("503",)),
+    (None, False, {"": HANG}, "network", ("Hub did not answer in time",)),
+    (None, False, {"": RESET}, "network", ("Hub cannot be reached",)),
+    (None, False, {CONFIG: HANG_UP}, "damaged", BROKEN),
+]
 
 
-def test_a_user_whose_name_kaggle_does_not_say_is_told_of_the_credentials(kaggle):
-    sign_in(EVE)
-    kaggle.failing = {"Hello": 503}
-    expect(
-        "no consent, and 503 to the question whose token it is", CONFIG, "credentials", ("(403)",)
-    )
+@pytest.mark.parametrize(("token", "gated", "fault", "reason", "words"), HUB_ENDS)
+def test_the_hub_ends_in_a_tokenizer_or_a_sentence(
+    model_hub, monkeypatch, token, gated, fault, reason, words
+):
+    model_hub.gated = {REPO} if gated else set()
+    model_hub.failing = fault or {}
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    expect(f"Hub: {fault}", str(token), reason, words, preset=HF, **TOKENIZER)
+    monkeypatch.setenv("HF_TOKEN", HF_ADA)
+    expect_recovery(model_hub, HF, **TOKENIZER)
+
+
+@pytest.mark.parametrize("site", ["kaggle", "model_hub"])
+def test_where_nobody_listens_the_network_is_named(request, site):
+    server = request.getfixturevalue(site)
+    server.stop()
+    preset = HF if site == "model_hub" else PRESET
+    expect("nobody listens", site, "network", AWAY, preset=preset, **TOKENIZER)
+    expect_recovery(server, preset, **TOKENIZER)
+
+
+def test_without_the_network_by_order_the_hub_is_not_asked(model_hub, monkeypatch):
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        expect("offline", HF, "network", ("HF_HUB_OFFLINE forbids",), preset=HF, **TOKENIZER)
+    assert not model_hub.requests
+    assert outcome(preset=HF) == (LOADS, "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert outcome(preset=HF) == (LOADS, "")
+
+
+def test_the_disk_is_full(kaggle, tmp_path):
+    target = tmp_path / "cache/models" / HANDLE / "config.json"
+    target.parent.mkdir(parents=True)
+    target.symlink_to("/dev/full")
+    expect("the disk is full", CONFIG, "disk", (*FULL, "KAGGLEHUB_CACHE"), **TOKENIZER)
+    with suppress(FileNotFoundError):
+        target.unlink()
+    expect_recovery(kaggle, **TOKENIZER)
+
+
+def test_a_file_where_the_cache_should_be_is_named(kaggle, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    expect("the cache is a file", CONFIG, "disk", (*CLOSED, "KAGGLEHUB_CACHE"), **TOKENIZER)
+    (tmp_path / "cache").unlink()
+    expect_recovery(kaggle, **TOKENIZER)
+
+
+def test_a_login_page_instead_of_a_file_is_named(kaggle, tmp_path):
+    served = shutil.copytree(TINY_FOLDER, tmp_path / "served")
+    (served / "config.json").write_text("<!doctype html><title>Please log in</title>")
+    kaggle.presets[PRESET] = served
+    sentence = expect("a login page", CONFIG, "damaged", ("a web page", "login"), **TOKENIZER)
+    shutil.copy(TINY_FOLDER / "config.json", served)
+    do_as_told(sentence, tmp_path)
+    expect_recovery(kaggle, **TOKENIZER)
+
+
+@pytest.mark.parametrize("preset", [PRESET, f"kaggle://{HANDLE.removesuffix('/3')}"])
+def test_a_login_page_instead_of_kaggle_is_no_crash(kaggle, monkeypatch, preset):
+    html = {"Content-Type": "text/html"}
+    page = Response(200, html, b"<!doctype html><title>Please log in</title>")
+    monkeypatch.setattr(kaggle, "respond", lambda *asked: page)
+    reason, sentence = outcome(preset=preset)
+    assert reason in ("damaged", "server") and "login" in sentence
 
 
 @pytest.mark.parametrize("token", ["two words", "line\nbreak", "größer"])
@@ -254,40 +432,6 @@ def test_a_token_that_no_header_can_carry_is_refused_unseen(kaggle, token):
         gl.load(PRESET)
     assert token not in str(raised.value)
     assert not kaggle.requests
-
-
-# Kaggle: what is not there, and what is not Kaggle
-
-
-@pytest.mark.parametrize(
-    ("preset", "fault", "words"),
-    [
-        (
-            "kaggle://keras/gemma/keras/gemma_2b_en/99",
-            "no such version",
-            ("gemma_2b_en/99", "spelt"),
-        ),
-        (
-            "kaggle://keras/gemma/keras/gemma_3b_en/1",
-            "no such variation",
-            ("gemma_3b_en/1", "spelt"),
-        ),
-        ("gemma_7b_en", "a preset that Kaggle took away", ("gemma_7b_en", "spelt")),
-    ],
-)
-def test_what_kaggle_does_not_have_is_called_unknown(kaggle, preset, fault, words):
-    expect(fault, CONFIG, "unknown", words, preset=preset)
-    expect_recovery(kaggle)
-
-
-@pytest.mark.parametrize("handle", [HANDLE, HANDLE.removesuffix("/3")])
-def test_handles_load_too_with_and_without_a_version(kaggle, handle):
-    preset = f"kaggle://{handle}"
-    assert outcome(preset=preset) == (LOADS, "")
-    sign_in(EVE)
-    shutil.rmtree(os.environ["KAGGLEHUB_CACHE"])
-    reason, sentence = outcome(preset=preset)
-    assert reason == "consent" and PAGE in sentence and "eve" in sentence
 
 
 @pytest.mark.parametrize(
@@ -300,156 +444,75 @@ def test_what_is_no_handle_is_no_fault_of_the_network(kaggle, handle):
     assert not kaggle.requests
 
 
-def test_nobody_listens(kaggle):
-    kaggle.stop()
-    expect(
-        "connection refused",
-        CONFIG,
-        "network",
-        ("Kaggle cannot be reached", "proxy", "tiny_gemma_en"),
-    )
-    expect_recovery(kaggle)
+# What is in the cache: used without a network, never deleted, never changed
 
 
-@pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
-def test_a_login_page_instead_of_a_file_is_named_and_not_kept(kaggle, tmp_path, place):
-    served = tmp_path / "served"
-    shutil.copytree(TINY_FOLDER, served)
-    file = next(file for file in served.rglob("*") if str(file).endswith(place))
-    good = file.read_bytes()
-    file.write_bytes(b"<!doctype html><title>Please log in to this network</title>")
-    kaggle.presets[PRESET] = served
-    expect("a login page in its place", place, "damaged", ("a web page", "login"))
-    file.write_bytes(good)
-    expect_recovery(kaggle)
-
-
-def test_a_login_page_instead_of_kaggle_is_no_crash(kaggle, monkeypatch):
-    page = Response(
-        200, {"Content-Type": "text/html"}, b"<!doctype html><title>Please log in</title>"
-    )
-    monkeypatch.setattr(kaggle, "respond", lambda *asked: page)
-    found, sentence = outcome()
-    OUTCOMES["a login page in place of the whole of Kaggle", CONFIG] = f"{found}: {sentence}"
-    assert found in ("damaged", "network")
-    monkeypatch.undo()
-
-
-# Files that a preset need not have
-
-
-@pytest.mark.parametrize("place", ["/task.json", "metadata.json", "task.weights.h5"])
-@pytest.mark.parametrize("fault", [[500], 503, 403])
-def test_a_fault_on_a_smaller_file_ends_well_too(kaggle, fault, place):
-    kaggle.failing = {place: list(fault) if isinstance(fault, list) else fault}
-    found, sentence = outcome()
-    OUTCOMES[f"{fault[0]}, once" if isinstance(fault, list) else f"{fault}, always", place] = (
-        f"{found}: {sentence}"
-    )
-    assert found in (LOADS, "server", "consent")
-    if found != LOADS:
-        expect_recovery(kaggle)
-
-
-# The disk
-
-
-@pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
-def test_a_full_disk_is_named_and_once_there_is_room_the_next_call_works(kaggle, tmp_path, place):
-    name = next(
-        str(file.relative_to(TINY_FOLDER))
-        for file in TINY_FOLDER.rglob("*")
-        if str(file).endswith(place)
-    )
-    target = cached(tmp_path, name)
-    target.parent.mkdir(parents=True)
-    target.symlink_to("/dev/full")
-    expect("the disk is full", place, "disk", ("disk is full", "GiB are free", "KAGGLEHUB_CACHE"))
-    if target.is_symlink():
-        target.unlink()
-    expect_recovery(kaggle)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_cache_that_is_read_only_is_named(kaggle, tmp_path):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o500)
-    expect("the cache is read-only", CONFIG, "disk", ("cannot be stored", "KAGGLEHUB_CACHE"))
-    (tmp_path / "cache").chmod(0o700)
-    expect_recovery(kaggle)
-
-
-def test_a_file_where_the_cache_should_be_is_named(kaggle, tmp_path):
-    (tmp_path / "cache").write_text("no folder")
-    expect("the cache is a file", CONFIG, "disk", ("cannot be stored", "KAGGLEHUB_CACHE"))
-    (tmp_path / "cache").unlink()
-    expect_recovery(kaggle)
-
-
-DAMAGES = {
-    "half of it": lambda content: content[: len(content) // 2],
-    "nothing of it": lambda content: b"",
-    "zeros": lambda content: bytes(len(content)),
-    "a web page": lambda content: b"<html>log in</html>",
-}
-
-
-@pytest.mark.parametrize("marked", [True, False])
-@pytest.mark.parametrize(("damage", "place"), at_places(DAMAGES, CONFIG, WEIGHTS, VOCABULARY))
-def test_what_is_damaged_in_the_cache_is_fetched_again_by_itself(
-    kaggle, tmp_path, damage, place, marked
-):
-    fetch_all()
-    file = next(file for file in (tmp_path / "cache").rglob("*") if str(file).endswith(place))
-    file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    if not marked:  # as where a process was ended in the middle
-        next((tmp_path / "cache").rglob(f"{file.name}.complete")).unlink()
-    expect(f"cached: {damage}{'' if marked else ', unfinished'}", place, LOADS)
-
-
-@pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
-def test_what_is_damaged_in_the_cache_is_not_used_without_a_network_either(kaggle, tmp_path, place):
-    fetch_all()
-    file = next(file for file in (tmp_path / "cache").rglob("*") if str(file).endswith(place))
-    file.write_bytes(file.read_bytes()[:300])
-    kaggle.stop()
-    expect("cached: half of it; then no network", place, "network", ("cannot be reached",))
-    expect_recovery(kaggle)
-
-
-# Without a network
-
-
-@pytest.fixture(params=["with all files", "without task.json"])
-def served(request, kaggle, tmp_path):
-    """Kaggle with the preset, whole, or as older ones are, whose weights do not come last."""
-    if request.param == "without task.json":
-        shutil.copytree(
-            TINY_FOLDER, tmp_path / "served", ignore=lambda *_: ["task.json", "preprocessor.json"]
+def content(folder: Path) -> dict[str, tuple]:
+    """Everything about a folder that a look may not change."""
+    return {
+        str(file.relative_to(folder)): (
+            file.is_symlink(),
+            file.is_file() and (file.read_bytes(), file.stat().st_mtime_ns, file.stat().st_ino),
         )
-        kaggle.presets[PRESET] = tmp_path / "served"
-    return kaggle
+        for file in folder.rglob("*")
+    }
 
 
-@pytest.mark.parametrize("fault", ["stopped", HANG, 401, 503])
-def test_what_was_loaded_once_loads_without_kaggle(served, fault):
-    assert outcome() == (LOADS, "")
-    if fault == "stopped":
-        served.stop()
-    else:
-        served.failing = {"": fault}
-    start = time.monotonic()
-    expect(f"{fault}, after all was fetched", "all", LOADS)
-    assert time.monotonic() - start < 5
+def damage(file: Path):
+    file.write_bytes(file.read_bytes()[:300])
 
 
-def test_what_was_loaded_once_loads_without_credentials(served):
-    assert outcome() == (LOADS, "")
-    sign_in(None)
-    assert outcome() == (LOADS, "")
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, VOCABULARY])
+def test_a_damaged_copy_is_named_and_nothing_is_deleted_or_changed(kaggle, tmp_path, name):
+    fetch_all()
+    damage(cached(tmp_path / "cache", name))
+    before = content(tmp_path)
+    words = (name.strip("/"), str(tmp_path / "cache/models" / HANDLE), "rm -r")
+    sentence = expect("cached: 300 bytes of it", name, "damaged", words)
+    assert gl.check(PRESET)["licence"]["ok"]
+    with pytest.raises(ValueError, match="weights"):
+        gl.upload(tmp_path / "cache", f"kaggle://{HANDLE.removesuffix('/3')}")
+    with pytest.raises(AccessError, match="write to 'keras'"):
+        gl.upload(
+            preset_folder(tmp_path.parent / f"{tmp_path.name} mine"), "kaggle://keras/g/keras/g"
+        )
+    assert content(tmp_path) == before
+    kaggle.stop()
+    # KerasHub asks for another file before it opens the weights, so the network fails first.
+    assert outcome()[0] == "network" if name == WEIGHTS else outcome() == ("damaged", sentence)
+    gl.check(PRESET)
+    assert content(tmp_path) == before
+    do_as_told(sentence, tmp_path)
+    expect_recovery(kaggle)
 
 
-def test_what_was_loaded_once_is_not_fetched_again_and_answers(kaggle):
+def preset_folder(folder: Path) -> Path:
+    shutil.copytree(TINY_FOLDER, folder)
+    (folder / "README.md").write_text("Mine.")
+    return folder
+
+
+def test_a_damaged_copy_of_the_hub_is_named_and_nothing_is_deleted_or_changed(
+    model_hub, tmp_path, monkeypatch
+):
+    assert outcome(preset=HF, **TOKENIZER) == (LOADS, "")
+    damage(cached(tmp_path / "hub", VOCABULARY))
+    before = content(tmp_path)
+    words = (VOCABULARY, "models--someone--tiny", "rm -r")
+    sentence = expect("Hub, cached: 300 bytes of it", VOCABULARY, "damaged", words, preset=HF)
+    # Loading went as far as the weights, which come from the Hub: they are new, nothing else is.
+    assert before.items() <= {**content(tmp_path), **before}.items()
+    monkeypatch.setenv("HF_TOKEN", HF_EVE)
+    before = content(tmp_path)
+    gl.check(HF)
+    with pytest.raises(AccessError):
+        gl.upload(preset_folder(tmp_path.parent / f"{tmp_path.name} mine"), HF)
+    assert content(tmp_path) == before
+    do_as_told(sentence, tmp_path)
+    expect_recovery(model_hub, HF, **TOKENIZER)
+
+
+def test_what_was_loaded_once_needs_neither_kaggle_nor_credentials(kaggle):
     question = "The capital of France is"
     answers = [
         gl.generate(gl.load(name), question, template=None, max_new_tokens=5)
@@ -457,209 +520,26 @@ def test_what_was_loaded_once_is_not_fetched_again_and_answers(kaggle):
     ]
     assert answers[0] == answers[1]
     kaggle.requests.clear()
+    sign_in(None)
     assert outcome() == (LOADS, "")
     assert not [what for what, _ in kaggle.requests if what.startswith("storage/")]
-
-
-@pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
-def test_what_was_fetched_in_part_is_not_taken_for_complete(served, place):
-    served.failing = {place: RESET}
-    assert outcome()[0] in ("network", "damaged")
-    served.stop()
-    expect(
-        f"{place.strip('/')} was never fetched; then no network",
-        "all",
-        "network",
-        ("cannot be reached",),
-    )
-    expect_recovery(served)
-
-
-# Tokenizers
-
-
-def test_a_tokenizer_takes_no_weights(kaggle):
-    tokenizer = gl.load_tokenizer(PRESET)
-    assert tokenizer.decode(tokenizer.encode(["Paris"])) == "Paris"
-    asked = {what for what, _ in kaggle.requests}
-    assert any(VOCABULARY in what for what in asked)
-    assert not any("weights" in what for what in asked)
     kaggle.stop()
-    gl.load_tokenizer(PRESET)
+    assert outcome() == (LOADS, "")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_tokenizer_meets_the_same_faults(kaggle, fault):
-    how, reason, words = FAULTS[fault]
-    kaggle.failing = {VOCABULARY: list(how) if isinstance(how, list) else how}
-    found, sentence = outcome(load=gl.load_tokenizer)
-    assert found == reason, sentence
-    assert all(word in sentence for word in words), sentence
-    kaggle.failing = {}
-    assert outcome(load=gl.load_tokenizer) == (LOADS, "")
-
-
-def test_a_tokenizer_without_consent_names_the_page(kaggle):
-    sign_in(EVE)
-    reason, sentence = outcome(load=gl.load_tokenizer)
-    assert reason == "consent" and PAGE in sentence
-
-
-# The Hub
-
-
-@pytest.mark.parametrize(
-    ("token", "fault", "reason", "words"),
-    [
-        (
-            None,
-            "gated, no token",
-            "credentials",
-            ("no token for the Hub", f"huggingface.co/{REPO}", "HF_TOKEN"),
-        ),
-        (HF_EVE, "gated, no access", "consent", (f"huggingface.co/{REPO}", "accept")),
-        (HF_ADA, "gated, access", LOADS, ()),
-    ],
-)
-def test_a_gated_repository_says_what_is_missing(
-    model_hub, monkeypatch, token, fault, reason, words
-):
-    model_hub.gated = {REPO}
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    expect(f"Hub: {fault}", CONFIG, reason, words, preset=HF)
-    monkeypatch.setenv("HF_TOKEN", HF_ADA)
-    expect_recovery(model_hub, HF)
-
-
-HUB_FAULTS = {
-    "200": ([], LOADS, ()),
-    "401": (401, "credentials", ("no token for the Hub",)),
-    "403": (403, "credentials", ("no token for the Hub",)),
-    "404": (404, "unknown", (REPO, "spelt")),
-    "429": (429, "busy", ("429",)),
-    "500, then 200": ([500], LOADS, ()),
-    "503, always": (503, "server", ("503",)),
-    "cut in half once": ([CUT], LOADS, ()),
-    "half of it as if it were all, once": ([SHORT], LOADS, ()),
-    "connection reset": (RESET, "network", ("cannot be reached",)),
-    "connection closed": (HANG_UP, "damaged", ("broke off",)),
-}
-
-
-@pytest.mark.parametrize(("fault", "place"), at_places(HUB_FAULTS, CONFIG, WEIGHTS))
-def test_a_fault_of_the_hub_ends_in_a_model_or_a_sentence_too(model_hub, fault, place):
-    how, reason, words = HUB_FAULTS[fault]
-    model_hub.failing = {place: list(how) if isinstance(how, list) else how}
-    if expect(f"Hub: {fault}", place, reason, words, preset=HF) != LOADS:
-        expect_recovery(model_hub, HF)
-
-
-@pytest.mark.parametrize("fault", ["stopped", HANG, 429, 503, RESET])
-def test_a_hub_that_fails_altogether_is_named_soon(model_hub, fault):
-    reason = {429: "busy", 503: "server"}.get(fault, "network")
-    model_hub.failing = {"": fault}
-    if fault == "stopped":
-        model_hub.stop()
-    start = time.monotonic()
-    expect(f"Hub: {fault}, for all", CONFIG, reason, ("Hub",), preset=HF)
-    assert time.monotonic() - start < 5
-    expect_recovery(model_hub, HF)
-
-
-def test_a_repository_that_the_hub_does_not_have_is_called_unknown(model_hub):
-    expect(
-        "Hub: no such repository",
-        CONFIG,
-        "unknown",
-        ("someone/else", "spelt"),
-        preset="hf://someone/else",
-    )
-
-
-@pytest.mark.parametrize(
-    ("damage", "place"), at_places(["half of it", "a web page"], CONFIG, WEIGHTS, VOCABULARY)
-)
-def test_what_is_damaged_in_the_cache_of_the_hub_is_fetched_again(
-    model_hub, tmp_path, damage, place
-):
-    assert outcome(preset=HF) == (LOADS, "")
-    file = next(file for file in (tmp_path / "hub").rglob("*") if str(file).endswith(place))
-    file.write_bytes(DAMAGES[damage](file.read_bytes()))
-    expect(f"Hub, cached: {damage}", place, LOADS, preset=HF)
-
-
-@pytest.mark.parametrize("fault", ["stopped", HANG, 401, 503, RESET])
-def test_what_was_loaded_once_loads_without_the_hub(model_hub, fault):
+@pytest.mark.parametrize("fault", ["stopped", 401, 503])
+def test_what_was_loaded_once_needs_no_hub(model_hub, fault):
     assert outcome(preset=HF) == (LOADS, "")
     model_hub.failing = {"": fault}
     if fault == "stopped":
         model_hub.stop()
-    start = time.monotonic()
     expect(f"Hub: {fault}, after all was fetched", "all", LOADS, preset=HF)
-    assert time.monotonic() - start < 5
 
 
-# HF_HUB_OFFLINE, which is read at import
-
-LOAD_OFFLINE = """
-import sys
-import gemma_lora as gl
-
-for preset in sys.argv[1:]:
-    try:
-        gl.load(preset)
-        print("loaded", preset)
-    except access.AccessError as error:
-        print(error.reason, error)
-train, held_out = gl.load_dolly(rows=3, or_tiny_world=True)
-print(train.num_rows, "rows:", train[0]["instruction"])
-"""
-
-
-def offline(*presets: str) -> list[str]:
-    """What a process of its own says that may not ask the Hub."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": constants.HF_HUB_CACHE}
-    ran = subprocess.run(
-        [sys.executable, "-c", LOAD_OFFLINE, *presets],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
-
-
-def test_offline_what_is_not_here_is_said_and_the_small_world_stands_in(
-    model_hub, hub, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    refused, dolly, instead, rows = offline(HF)
-    OUTCOMES["HF_HUB_OFFLINE=1, nothing cached", "all"] = refused
-    OUTCOMES["HF_HUB_OFFLINE=1, no Dolly", "load_dolly"] = f"{dolly} {instead}"
-    assert (
-        refused.startswith(f"network '{HF}' is not on this machine") and "HF_HUB_OFFLINE" in refused
-    )
-    assert DOLLY in dolly and instead == "These are records of the small world instead."
-    assert rows.startswith("3 rows: ") and "Dolly" not in rows
-
-
-def test_offline_what_was_fetched_before_is_used(model_hub, hub, tmp_path, monkeypatch):
-    rows = [
-        {"instruction": f"Dolly {n}?", "context": "", "response": "So.", "category": "open_qa"}
-        for n in range(5)
-    ]
-    hub.repos[DOLLY] = {"databricks-dolly-15k.jsonl": "\n".join(map(json.dumps, rows)).encode()}
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    assert outcome(preset=HF) == (LOADS, "")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE)
-    with monkeypatch.context() as back:  # Dolly is on the other Hub, that of all tests
-        back.setattr(constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
-        back.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{os.environ['HF_ENDPOINT']}{TEMPLATE}"
-        )
-        gl.load_dolly(rows=3)
-    model_hub.stop()
-    assert offline(HF) == [f"loaded {HF}", "3 rows: Dolly 0?"]
+def test_what_was_fetched_in_part_is_not_taken_for_complete(kaggle):
+    kaggle.failing = {WEIGHTS: RESET}
+    assert outcome()[0] == "network"
+    kaggle.failing = {}
+    kaggle.stop()
+    expect("weights were never fetched; then no network", "all", "network", AWAY)
+    expect_recovery(kaggle)

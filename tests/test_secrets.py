@@ -1,5 +1,6 @@
-"""Does a secret get out anywhere? Plant one along every path, let all go well or wrong, and search all that is written.
+"""Does a secret get out anywhere? Plant one, let all go well or wrong, search all that is written.
 
+The quick run plants one for each sink; every place with every outcome is marked `full`.
 `pytest -s tests/test_secrets.py` says how many places were searched.
 """
 
@@ -15,23 +16,36 @@ import pickle
 import secrets
 import subprocess
 import sys
+import time
 import traceback
 import urllib.parse
 import warnings
 from pathlib import Path
 
-import kagglehub
 import nbformat
 import pytest
-from hub_server import HANG, RESET, HubServer
+from hub_server import HANG, RESET, HubServer, hub_of_this_process
 from huggingface_hub import constants
 from IPython.core.ultratb import FormattedTB
 from kaggle_server import KaggleServer, _error
 from nbclient import NotebookClient
-from test_credentials import FOLDER, PLACES, home, kaggle  # noqa: F401
+from test_credentials import (
+    FOLDER,
+    PLACES,
+    access_token,
+    colab_pair,
+    colab_token,
+    environment_file,
+    environment_pair,
+    environment_token,
+    home,  # noqa: F401
+    kaggle,  # noqa: F401
+    kaggle_json,
+    kaggle_json_elsewhere,
+)
 
 import gemma_lora as gl
-from gemma_lora import checks as preflight
+from gemma_lora import checks
 from gemma_lora.access import fetch as access
 from gemma_lora.access import kaggle as credentials
 
@@ -45,14 +59,14 @@ def count():
     sys.__stdout__.write(f"\nSearched {SEARCHED.total()} places: {dict(SEARCHED)}\n")
 
 
-def every(names: str, ones, others):
-    """All pairs, each a test; a third of them, in which each one and each other comes, also in the quick run."""
+def every(names: str, ones, others, one_in: int = 10**9):
+    """All pairs, each a test; one in so many, with each one and each other, in the quick run."""
     pairs = [(i + j, one, other) for i, one in enumerate(ones) for j, other in enumerate(others)]
     params = [
         pytest.param(
             one,
             other,
-            marks=[pytest.mark.full] if number % 3 else [],
+            marks=[pytest.mark.full] if number % one_in or one_in > 10**6 else [],
             id=f"{_name(one)}-{_name(other)}",
         )
         for number, one, other in pairs
@@ -181,7 +195,7 @@ def run_all(secret: str, capfd, folder: Path, calls: dict, *, in_environment: bo
         search(secret, "stdout", out)
         search(secret, "stderr", err)
         search(secret, "log", logs.getvalue())
-        search(secret, "warnings", *[str(one.message) for one in warned])
+        search(secret, "warnings", "\n".join(str(one.message) for one in warned))
         (look_through_error if isinstance(answers[name], Exception) else look_through_result)(
             secret, answers[name]
         )
@@ -230,13 +244,11 @@ OUTCOMES |= {"unknown": {}}
 @pytest.fixture
 def impatient(monkeypatch):
     """Nothing waits: neither for an answer nor before another attempt."""
-    timeouts = credentials.timeouts
-    for module in (credentials, access, preflight):
-        monkeypatch.setattr(module, "timeouts", lambda *seconds: timeouts(0.4, 0.4))
-    monkeypatch.setattr(access.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(
-        kagglehub.clients, "get_user_agent", lambda: "kagglehub"
-    )  # its look at the stack takes a second
+    monkeypatch.setattr(credentials, "SECONDS", 0.4)
+    monkeypatch.setattr(access, "_HUB_SECONDS", 0.4)
+    monkeypatch.setattr(checks, "_SECONDS", 0.6)
+    monkeypatch.setattr(checks, "_pip_check", lambda: "")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 def prepare(kaggle, outcome, secret):
@@ -262,8 +274,39 @@ def calls(*, login=None, model=False, preset=PRESET) -> dict:
     return one | ({"model": lambda: gl.load(preset)} if model else {})
 
 
+SINKS = [
+    ("str and repr", environment_token, "fine"),
+    ("html", kaggle_json, "403"),
+    ("stdout", access_token, "500"),
+    ("stderr", environment_file, "fine"),
+    ("log", colab_token, "401"),
+    ("warnings", environment_pair, "429"),
+    ("traceback", environment_pair, "echoed"),
+    ("IPython's Plain traceback", kaggle_json_elsewhere, "unknown"),
+    ("IPython's Context traceback", environment_token, "echoed"),
+    ("chain of errors", environment_token, "404"),
+    ("pickled error", access_token, "reset"),
+    ("pickle", kaggle_json, "403"),
+    ("file", kaggle_json, "broken off"),
+    ("os.environ", colab_token, "hangs"),
+    ("environment of a child", colab_pair, "down"),
+]
+
+
+@pytest.mark.parametrize(("sink", "plant", "outcome"), SINKS)
+def test_no_sink_shows_it(kaggle, home, tmp_path, capfd, impatient, sink, plant, outcome):
+    before = SEARCHED[sink]
+    plant_and_search(kaggle, home, tmp_path, capfd, plant, outcome)
+    assert SEARCHED[sink] > before
+
+
 @every("plant, outcome", PLACES, OUTCOMES)
 def test_what_was_found_never_gets_out(kaggle, home, tmp_path, capfd, impatient, plant, outcome):
+    plant_and_search(kaggle, home, tmp_path, capfd, plant, outcome)
+
+
+def plant_and_search(kaggle, home, tmp_path, capfd, plant, outcome):
+    """Plant a secret, make the calls of notebook 01 with an outcome, and search everything."""
     secret = new_secret()
     header = plant(home, secret)
     prepare(kaggle, outcome, secret)
@@ -279,7 +322,7 @@ def test_what_was_found_never_gets_out(kaggle, home, tmp_path, capfd, impatient,
     assert isinstance(answers["tokenizer"], Exception) == (outcome != "fine")
 
 
-@every("form, outcome", ["token", "key", "pasted", "typed", "typed pair", "stored"], OUTCOMES)
+@every("form, outcome", ["token", "key", "pasted", "typed", "typed pair", "stored"], OUTCOMES, 12)
 def test_what_was_given_or_typed_never_gets_out(
     kaggle, tmp_path, capfd, impatient, monkeypatch, form, outcome
 ):
@@ -328,7 +371,7 @@ MALFORMED = {
 }
 
 
-@every("plant, kind", [*PLANTS, "token", "key", "username", "pasted", "typed"], MALFORMED)
+@every("plant, kind", [*PLANTS, "token", "key", "username", "pasted", "typed"], MALFORMED, 9)
 def test_what_is_malformed_never_gets_out(
     kaggle, home, tmp_path, capfd, impatient, monkeypatch, plant, kind
 ):
@@ -379,7 +422,7 @@ DAMAGED += [
 ]
 
 
-@every("name, text", ["kaggle.json", "access_token", "access_token.txt"], DAMAGED)
+@every("name, text", ["kaggle.json", "access_token", "access_token.txt"], DAMAGED, 7)
 def test_a_damaged_file_never_gets_out(kaggle, home, tmp_path, capfd, impatient, name, text):
     secret = new_secret()
     (home / ".kaggle").mkdir()
@@ -415,7 +458,7 @@ class RecordingHub(HubServer):
 HUB_OUTCOMES = ["fine", "401", "403", "404", "500", "reset", "down", "unknown", *MALFORMED]
 
 
-@every("place, outcome", ["HF_TOKEN", "file"], HUB_OUTCOMES)
+@every("place, outcome", ["HF_TOKEN", "file"], HUB_OUTCOMES, 7)
 def test_a_token_for_the_hub_never_gets_out(
     kaggle, tmp_path, capfd, impatient, monkeypatch, place, outcome
 ):
@@ -431,36 +474,26 @@ def test_a_token_for_the_hub_never_gets_out(
         "reset": {"": RESET},
         "401": {"": 401},
     }.get(outcome, {})
-    server.start()
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url_for_tokens + template)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url_for_tokens)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(
-        preflight.huggingface_hub.HfApi, "endpoint", server.url_for_tokens, raising=False
-    )
     if place == "HF_TOKEN":
         monkeypatch.setenv("HF_TOKEN", value)
     else:
         monkeypatch.delenv("HF_TOKEN", raising=False)
         (tmp_path / "token").write_bytes(value.encode(errors="surrogateescape"))
-    if outcome == "down":
-        server.stop()
-    try:
+    with hub_of_this_process(server, tmp_path / "hub"):
+        if outcome == "down":
+            server.stop()
         hub = calls(preset="hf://someone/tiny", model=outcome == "fine")
         answers = run_all(secret, capfd, tmp_path, hub, in_environment=place == "HF_TOKEN")
         if outcome not in ("down", *MALFORMED):
             assert f"Bearer {secret}" in server.seen
             assert isinstance(answers["tokenizer"], Exception) == (outcome != "fine")
-    finally:
-        server.stop()
 
 
 # A notebook
 
 
+@pytest.mark.full
 def test_a_saved_notebook_holds_no_secret(kaggle, home, tmp_path):
     """Real cells in a kernel whose environment holds a bad token, then worse ones; the client logs to a file."""
     secret = new_secret()

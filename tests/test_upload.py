@@ -451,7 +451,7 @@ def test_a_site_that_fails_on_the_way_is_named_and_then_all_goes_well(
     if how in (429, 503) and any(
         "validate-yaml" in what for what, _ in site.server.requests[-1:]
     ):  # nor here that
-        reason, words = "server", "answers with a page"
+        reason, words = "server", "answered with a web page"
     assert error.reason == reason and words in str(error), str(error)
     assert site.versions() == []
     monkeypatch.setattr(site.server, "respond", respond)

@@ -1,1 +1,1 @@
-"""Below the model: how a name becomes files, and whose token opens them."""
+"""Below the model: whose token is used (kaggle), how a name becomes files (fetch)."""

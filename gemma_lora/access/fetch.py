@@ -1,115 +1,141 @@
-"""Download a preset of Kaggle or the Hugging Face Hub, or say in one sentence why not."""
+"""Download a preset from Kaggle or the Hugging Face Hub, or say why that fails.
+
+Here: where a preset comes from, and one table from an error to its sentence. Nothing
+here deletes or repairs a file: a damaged copy is named, with the command that deletes
+it. Not here: credentials (`kaggle`) and models (`models`).
+"""
 
 import errno
 import json
-import shutil
-import time
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import h5py
 import huggingface_hub
 import kagglehub
 import keras_hub
-import requests
 from sentencepiece import SentencePieceProcessor
 
+from gemma_lora.access import kaggle
 from gemma_lora.access.kaggle import (
     THREE_WAYS,
     check_hub_token,
     hide,
+    in_background,
     share_colab_secrets,
-    timeouts,
     used_place,
     whose,
 )
 
+T = TypeVar("T")
+
+# Seconds until the Hub must have answered the first question.
+_HUB_SECONDS = 10
+
+_READERS = {
+    ".json": lambda file: json.loads(file.read_text("utf-8")),
+    ".h5": lambda file: h5py.File(file).close(),
+    ".spm": lambda file: SentencePieceProcessor(model_file=str(file)),
+}
+
 
 class Source:
-    """Where a preset comes from: `site` is "kaggle", "hf", or "" for what is neither.
+    """Where a preset comes from: `site` is "kaggle", "hf", or "" for anything else.
 
     >>> Source("gemma_2b_en").page
     'https://www.kaggle.com/models/keras/gemma'
     """
 
     def __init__(self, preset: str):
+        # private: the entry "kaggle_handle" of a KerasHub preset
         known = keras_hub.models.CausalLM.presets
         address = known[preset]["kaggle_handle"] if preset in known else preset
-        self.preset, (site, _, self.handle) = preset, address.partition("://")
-        self.site = site if self.handle and site in ("kaggle", "hf") else ""
+        site, _, handle = address.partition("://")
+        self.preset = preset
+        self.builtin = preset in known
+        self.handle = handle
+        self.site = site if handle and site in ("kaggle", "hf") else ""
         self.host = {"kaggle": "Kaggle", "hf": "The Hugging Face Hub"}.get(self.site, address)
-        root = (
-            "https://www.kaggle.com/models" if self.site == "kaggle" else "https://huggingface.co"
-        )
-        self.page = "/".join([root, *self.handle.split("/")[:2]])
+        pages = {"kaggle": "https://www.kaggle.com/models"}
+        root = pages.get(self.site, "https://huggingface.co")
+        self.page = "/".join([root, *handle.split("/")[:2]])
+
+    def credentials(self) -> str | None:
+        """Say where this site's credentials are; None if there are none.
+
+        Raises ValueError, without the value, if they cannot be read or sent.
+        """
+        if self.site == "kaggle":
+            return used_place()
+        return check_hub_token() if self.site == "hf" else None
 
     def file(self, name: str) -> Path:
-        """Fetch one file, unless it is in the cache."""
+        """Fetch one small file unless cached. Raises TimeoutError if that is slow."""
         if self.site == "kaggle":
-            return Path(kagglehub.model_download(self.handle, name))
-        huggingface_hub.HfApi().model_info(
-            self.handle, timeout=10
-        )  # a download's own retries go on for minutes
+            download = in_background(lambda: kagglehub.model_download(self.handle, name))
+            return Path(download.result(kaggle.SECONDS))
+        # One question first: a download that fails is tried again for minutes.
+        huggingface_hub.HfApi().model_info(self.handle, timeout=_HUB_SECONDS)
         return Path(huggingface_hub.hf_hub_download(self.handle, name))
 
     def folder(self) -> Path:
-        """Where the files are kept once they have been fetched; this asks nobody."""
+        """Say where the files are once they have been fetched. It asks nobody."""
         if self.site == "kaggle":
-            return Path(
-                kagglehub.cache.get_cached_path(kagglehub.handle.parse_model_handle(self.handle))
-            )
+            # private: kagglehub.cache and kagglehub.handle
+            handle = kagglehub.handle.parse_model_handle(self.handle)
+            return Path(kagglehub.cache.get_cached_path(handle))
         known = huggingface_hub.try_to_load_from_cache(self.handle, "config.json")
         return Path(known).parent if isinstance(known, str) else Path("nothing of it is cached")
 
     def is_complete(self) -> bool:
-        """Whether all was fetched before and can be read: weights come last."""
+        """Say whether the config and all weights are cached and can be read."""
         folder = self.folder()
+        names = {"config.json", "model.weights.h5"}
         try:
-            parts = {"model.weights.h5"}
             if (folder / "model.weights.json").is_file():
-                names = json.loads((folder / "model.weights.json").read_text())[
-                    "weight_map"
-                ].values()
-                parts = {part for one in names for part in ([one] if isinstance(one, str) else one)}
-            for name in ("config.json", *parts):
-                _READERS[Path(name).suffix](folder / name)
-            return True
+                parts = json.loads((folder / "model.weights.json").read_text("utf-8"))
+                names = {"config.json"}
+                for part in parts["weight_map"].values():
+                    names.update([part] if isinstance(part, str) else part)
         except (OSError, ValueError, KeyError):
             return False
+        return all((folder / name).is_file() for name in names) and not self.damaged()
 
-    def remove_damaged(self) -> list[str]:
-        """Delete what was fetched but cannot be read, so that it is fetched anew; the names of these files."""
-        removed = []
-        for file in sorted(self.folder().rglob("*")):
-            if (check := _READERS.get(file.suffix)) and file.is_file():
-                try:
-                    check(file)
-                except Exception:
-                    page = file.read_bytes()[:200].lstrip().startswith(b"<")
-                    file.resolve().unlink()
-                    removed.append(
-                        file.name
-                        + (" (a web page: does the network want a login?)" if page else "")
-                    )
-        return removed
+    def damaged(self) -> list[str]:
+        """Name the cached files that cannot be read. It changes none."""
+        names = []
+        try:
+            files = sorted(self.folder().rglob("*")) if self.site else []
+        except (OSError, ValueError):
+            # The handle is malformed, which the client says better.
+            files = []
+        for file in files:
+            if file.suffix not in _READERS or not file.is_file():
+                continue
+            try:
+                _READERS[file.suffix](file)
+            except Exception:
+                with suppress(OSError):
+                    is_page = file.read_bytes()[:200].lstrip().startswith(b"<")
+                    hint = " (a web page: does the network want a login?)" if is_page else ""
+                    names.append(file.name + hint)
+        return names
 
-
-_READERS = {
-    ".json": lambda file: json.loads(file.read_text()),
-    ".h5": lambda file: h5py.File(file).close(),
-    ".spm": lambda file: SentencePieceProcessor(model_file=str(file)),
-}
-
-
-T = TypeVar("T")
-_ANYWAY = 'Without any of this, gl.load("tiny_gemma_en") works.'
+    def folder_to_delete(self) -> Path:
+        """Say which folder to delete so that the next download starts from nothing."""
+        # The Hub's files are links to blobs beside them, which a new download reuses.
+        return self.folder().parents[1] if self.site == "hf" else self.folder()
 
 
 class AccessError(RuntimeError):
-    """A preset or its data could not be fetched. `reason` is one word: credentials, consent, unknown, busy, server,
-    network, disk or damaged."""
+    """A preset or its data could not be fetched, or a model could not be sent.
+
+    `reason` is one word: credentials, consent, unknown, busy, server, network, disk or
+    damaged. No secret that can be found is ever part of the text.
+    """
 
     def __init__(self, reason: str, sentence: str):
         super().__init__(hide(sentence))
@@ -120,187 +146,261 @@ class AccessError(RuntimeError):
 
 
 def fetch(preset: str, load: Callable[[str], T]) -> T:
-    """Load a preset that is not a folder; what fails for a moment is tried again, and what is cached needs no network.
+    """Download and load a preset that is not a folder; a cached one needs no network.
+
+    Args:
+        preset: The name of a KerasHub preset, or a handle: "kaggle://..." or "hf://...".
+        load: Makes the model or tokenizer from a preset or folder, and downloads files.
 
     Raises:
-        AccessError: It could not be fetched; its text says why, and the way out.
+        AccessError: It could not be fetched. The text says why and what to do.
+        ValueError: The credentials, or the handle, are malformed.
     """
     share_colab_secrets()
     source = Source(preset)
-    refuse_what_cannot_be_sent = check_hub_token if source.site == "hf" else used_place
-    refuse_what_cannot_be_sent()  # before an error of the client shows it
-    for attempt in (1, 2, 3):
-        try:
-            with timeouts():
-                if source.site:
-                    source.file(
-                        "config.json"
-                    )  # KerasHub would say of each failure that this file does not exist
-                return load(preset)
-        except (MemoryError, TypeError):
-            raise
-        except Exception as error:
-            problem = explain(_cause(error, source), source)
-            if problem.reason not in ("disk", "damaged") and source.is_complete():
-                with suppress(
-                    FileNotFoundError
-                ):  # another part: without a task.json the weights do not come last
-                    return load(str(source.folder()))
-        if problem.reason not in ("server", "damaged") or attempt == 3:
-            raise problem  # here, not above: the client's error would stay with it, and may hold a header
-        time.sleep(attempt)
-
-
-def _cause(error: Exception, source: Source) -> Exception:
-    """The error that KerasHub hides where it says that there are no weights: fetch them to see."""
-    if source.site and "model.weights" in str(error):
-        for name in ("model.weights.h5", "model.weights.json"):
-            try:
-                with timeouts():
-                    if source.site == "kaggle":
-                        source.file(name)
-                    else:  # one request, without a download's retries
-                        url = huggingface_hub.hf_hub_url(source.handle, name)
-                        huggingface_hub.get_hf_file_metadata(url, timeout=10)
-            except Exception as hidden:
-                if getattr(getattr(hidden, "response", None), "status_code", 404) != 404:
-                    return hidden
-    return error
-
-
-def explain(error: BaseException, source: Source) -> AccessError:
-    """Say what an error of the clients means; an error that has nothing to do with fetching is raised again."""
-    chain = list(_chain(error))
-    name, host = source.preset, source.host
-    responses = [one.response for one in chain if getattr(one, "response", None) is not None]
-    status = responses[0].status_code if responses else 0
-    kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
-    full = next(
-        (
-            one
-            for one in chain
-            if getattr(one, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        ),
-        None,
-    )
-    closed = next((one for one in chain if getattr(one, "errno", 0) in _CLOSED), None)
-    said = next(
-        (line for line in hide(str(error)).splitlines() if line.strip()), type(error).__name__
-    )
-
-    if status in (401, 403):
-        return (_kaggle_refusal if source.site == "kaggle" else _hub_refusal)(status, source)
-    if status == 404:
-        sentence = f"{host} has no model {source.handle!r}, or no such file in it. Is {name!r} spelt right?"
-        return AccessError("unknown", sentence)
-    if status == 429:
-        sentence = (
-            f"{host} gets too many requests from here (429). Wait some minutes, and run this again."
-        )
-        return AccessError("busy", sentence)
-    if status >= 500:
-        sentence = f"{host} has a fault of its own ({status}). Run this again in some minutes."
-        return AccessError("server", sentence)
-    if full:
-        sentence = (
-            f"The disk is full: {name!r} could not be stored{_free(full.filename)}. Delete what you can spare, or set "
-            "KAGGLEHUB_CACHE (for the Hub HF_HOME) to a folder on a larger disk and restart; then run this again."
-        )
-        return AccessError("disk", sentence)
-    if closed:
-        sentence = f"{name!r} cannot be stored: {closed}. Set KAGGLEHUB_CACHE to a folder that you may write to."
-        return AccessError("disk", sentence)
-    if kinds & _BROKEN_OFF or "Consistency check failed" in str(error):
-        return AccessError(
-            "damaged", f"The download of {name!r} broke off ({said:.120}). Run this again."
-        )
-    if "OfflineModeIsEnabled" in kinds:
-        sentence = (
-            f"{name!r} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it. {_ANYWAY}"
-        )
-        return AccessError("network", sentence)
-    if "TimeoutException" in kinds or any(
-        isinstance(one, requests.Timeout | TimeoutError) for one in chain
-    ):
-        sentence = (
-            f"{host} did not answer in time. Check the network, and run this again. {_ANYWAY}"
-        )
-        return AccessError("network", sentence)
-    if kinds & {"ConnectionError", "TransportError", "LocalEntryNotFoundError"}:
-        sentence = (
-            f"{host} cannot be reached, and {name!r} is not on this machine. Check the network (also a proxy or VPN), "
-            f"and run this again. {_ANYWAY}"
-        )
-        return AccessError("network", sentence)
+    place = source.credentials()
     try:
-        removed = source.site and source.remove_damaged()
-    except Exception:  # a cache that is read-only, or gone
-        removed = []
-    if removed:
-        sentence = (
-            f"What was fetched of {name!r} was damaged, and has been deleted: {', '.join(removed)}."
-        )
-        return AccessError("damaged", f"{sentence} Run this again.")
-    shown = [text for one in chain for text in (str(one), repr(one))]
-    if any(text != hide(text) for text in shown):  # an answer that holds what was sent
-        return AccessError("unknown", f"{host} answers what nobody expects ({status}): {said}")
-    raise error
+        if source.site:
+            # KerasHub would say of every failure that this file does not exist. Here,
+            # the client's own error arrives, and with it the status code.
+            source.file("config.json")
+        return load(preset)
+    except (MemoryError, TypeError):
+        raise
+    except Exception as error:
+        problem = access_error(error, source, place)
+        if problem is None:
+            raise
+    if problem.reason not in ("disk", "damaged") and source.is_complete():
+        # Without a task.json the weights do not come last: a file can still be missing.
+        with suppress(FileNotFoundError):
+            return load(str(source.folder()))
+    # Raised out here: as its context, the client's error could show a header.
+    raise problem
 
 
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-_BROKEN_OFF = {
-    "ChunkedEncodingError",
-    "IncompleteRead",
-    "ContentDecodingError",
-    "RemoteProtocolError",
+def access_error(error: Exception, source: Source, place: str | None) -> AccessError | None:
+    """Gather what `explain` needs, and say what an error means; None if it cannot say.
+
+    Args:
+        error: What a client, or KerasHub after it, has raised.
+        source: What was asked for.
+        place: Where the credentials are; None if there are none.
+    """
+    user = None
+    if source.site == "kaggle" and place and status_of(error) == 403:
+        user = whose()
+    problem = explain(error, source, place=place, user=user)
+    if status_of(error) == 0 and (problem is None or problem.reason == "server"):
+        # A file that is no JSON, for example: from the network, or from the cache.
+        damaged = source.damaged()
+        if damaged:
+            problem = damaged_copy(source, damaged, source.folder_to_delete())
+    if problem is None:
+        texts = [text for each in _chain(error) for text in (str(each), repr(each))]
+        if all(text == hide(text) for text in texts):
+            return None
+        problem = Problem("unknown", f"{source.host} gave an unexpected answer: {_said(error)}")
+    return AccessError(problem.reason, problem.sentence)
+
+
+# What an error means: a table, and the pure functions that look things up in it
+
+
+class Problem(NamedTuple):
+    """Why something cannot be fetched, in one word and in a sentence."""
+
+    reason: str
+    sentence: str
+
+
+# By kind of fault: the reason, and the sentence, whose fields `explain` fills in.
+_PROBLEMS = {
+    "kaggle: no token": Problem(
+        "credentials",
+        "{name!r} takes a Kaggle account, its consent to the licence on {page}, and a token. "
+        "No token was found. {ways}\n{anyway}",
+    ),
+    "kaggle: no consent": Problem(
+        "consent",
+        "{user} has not accepted the licence of {name!r}: open {page}, sign in as {user}, accept "
+        "it, and run this again. It takes effect within minutes.{hint}",
+    ),
+    "kaggle: token refused": Problem(
+        "credentials",
+        "Kaggle does not accept the credentials found in: {place} ({status}). They may be "
+        "mistyped, expired or deleted. Create a new token on kaggle.com (your picture > Settings "
+        "> API), put it there, and run this again. {anyway}",
+    ),
+    "hf: no token": Problem(
+        "credentials",
+        "{name!r} is not open to everybody, or does not exist ({status}), and there is no token "
+        "for the Hub. Accept the licence on {page}, create a token on {tokens}, and call "
+        "huggingface_hub.login() or set HF_TOKEN. {anyway}",
+    ),
+    "hf: no consent": Problem(
+        "consent",
+        "The user of this machine's token for the Hub has no access to {name!r}: open {page}, "
+        "accept the licence, and run this again. A fine-grained token also needs permission to "
+        "read gated repositories.",
+    ),
+    "hf: token refused": Problem(
+        "credentials",
+        "The Hub does not accept this machine's token, or has no {handle!r} that it may see "
+        "({status}). Create a new token on {tokens} and call huggingface_hub.login(). {anyway}",
+    ),
+    "404": Problem(
+        "unknown", "{host} has no model {handle!r}, or no such file in it. Is {name!r} spelt right?"
+    ),
+    "429": Problem(
+        "busy",
+        "{host} is rate-limiting this machine (429). Wait a few minutes, and run this again.",
+    ),
+    "5xx": Problem(
+        "server", "{host} has a fault of its own ({status}). Run this again in some minutes."
+    ),
+    "another status": Problem("unknown", "{host} gave an unexpected answer ({status}): {said}"),
+    "disk": Problem(
+        "disk",
+        "The disk is full: {name!r} could not be stored. Delete what you can spare, or set "
+        "{variable} to a folder on a larger disk and restart; then run this again.",
+    ),
+    "folder": Problem(
+        "disk",
+        "{name!r} cannot be stored: {said}. Set {variable} to a folder that you may write to, "
+        "and restart.",
+    ),
+    "broken off": Problem(
+        "damaged", "The download of {name!r} broke off ({said}). Run this again."
+    ),
+    "offline": Problem(
+        "network",
+        "{name!r} is not on this machine, and HF_HUB_OFFLINE forbids downloading it. {anyway}",
+    ),
+    "timeout": Problem(
+        "network", "{host} did not answer in time. Check the network, and run this again. {anyway}"
+    ),
+    "network": Problem(
+        "network",
+        "{host} cannot be reached, and {name!r} is not on this machine. Check the network (also "
+        "a proxy or VPN), and run this again. {anyway}",
+    ),
+    "page": Problem(
+        "server", "{host} answered with a web page. Does this network want a login? Run this again."
+    ),
+    "damaged": Problem(
+        "damaged",
+        "The copy of {name!r} on this machine is damaged: {files}. Delete it, and run this "
+        "again:\nrm -r {folder}",
+    ),
 }
-_BROKEN_OFF |= {"DataCorruptionError"}
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+# By the name of a class, because the Hub's client has changed its HTTP library twice
+# (requests, httpx, httpx2). Of several kinds, the first one counts.
+_KINDS = {
+    "broken off": {
+        "ChunkedEncodingError",
+        "ContentDecodingError",
+        "DataCorruptionError",
+        "IncompleteRead",
+        "RemoteProtocolError",
+    },
+    "offline": {"OfflineModeIsEnabled"},
+    "timeout": {"Timeout", "TimeoutError", "TimeoutException"},
+    "network": {"ConnectionError", "LocalEntryNotFoundError", "TransportError"},
+    "page": {"JSONDecodeError"},
+}
 
 
-def _kaggle_refusal(status: int, source: Source) -> AccessError:
-    place, name = used_place(), source.preset
-    if place is None:
-        sentence = (
-            f"{name!r} takes a Kaggle account, its consent to the licence on {source.page}, and a token. No token was "
-            f"found. {THREE_WAYS}\n{_ANYWAY}"
-        )
-        return AccessError("credentials", sentence)
-    user = whose() if status == 403 else None
-    if user:
-        sentence = (
-            f"{user} has not accepted the licence of {name!r}: open {source.page}, sign in as {user}, accept it, and "
-            "run this again. It takes effect within minutes."
-        )
-        if name not in keras_hub.models.CausalLM.presets:
-            sentence += " Kaggle says the same of some models that do not exist: is it spelt right?"
-        return AccessError("consent", sentence)
-    sentence = (
-        f"Kaggle does not accept the credentials found in: {place} ({status}). Are they mistyped, expired or deleted? "
-        f"Create a new token on kaggle.com (your picture > Settings > API), put it there, and run this again. {_ANYWAY}"
-    )
-    return AccessError("credentials", sentence)
+def explain(
+    error: BaseException, source: Source, *, place: str | None = None, user: str | None = None
+) -> Problem | None:
+    """Say what an error of a client means; None if it has nothing to do with access.
+
+    It looks only at its arguments: it opens and deletes nothing, and asks nobody.
+
+    Args:
+        error: What a client, or KerasHub after it, has raised.
+        source: What was asked for.
+        place: Where this site's credentials are; None if there are none.
+        user: The user that Kaggle named; None if it named nobody.
+
+    >>> explain(TimeoutError(), Source("gemma_2b_en")).reason
+    'network'
+    """
+    kind = _kind(error, source, place, user)
+    if kind is None:
+        return None
+    hint = "" if source.builtin else " Kaggle says the same of some models that do not exist."
+    fields = {
+        "name": source.preset,
+        "handle": source.handle,
+        "host": source.host,
+        "page": source.page,
+        "place": place,
+        "user": user,
+        "hint": hint,
+        "status": status_of(error),
+        "said": _said(error),
+        "variable": "HF_HOME" if source.site == "hf" else "KAGGLEHUB_CACHE",
+        "tokens": "huggingface.co/settings/tokens",
+        "ways": THREE_WAYS,
+        "anyway": 'Without any of this, gl.load("tiny_gemma_en") works.',
+    }
+    problem = _PROBLEMS[kind]
+    return Problem(problem.reason, problem.sentence.format(**fields))
 
 
-def _hub_refusal(status: int, source: Source) -> AccessError:
-    name, tokens = source.preset, "huggingface.co/settings/tokens"
-    if huggingface_hub.get_token() is None:
-        sentence = (
-            f"{name!r} is not open to everybody, or does not exist ({status}), and there is no token for the Hub. "
-            f"Accept the licence on {source.page}, create a token on {tokens}, and call huggingface_hub.login() or "
-            f"set HF_TOKEN. {_ANYWAY}"
-        )
-        return AccessError("credentials", sentence)
-    if status == 403:
-        sentence = (
-            f"The user of this machine's token for the Hub has no access to {name!r}: open {source.page}, accept the "
-            "licence, and run this again. A fine-grained token must also allow to read gated repositories."
-        )
-        return AccessError("consent", sentence)
-    sentence = (
-        f"The Hub does not accept this machine's token, or has no {source.handle!r} that it may see ({status}). Create "
-        f"a new token on {tokens} and call huggingface_hub.login(). {_ANYWAY}"
-    )
-    return AccessError("credentials", sentence)
+def damaged_copy(source: Source, files: list[str], folder: Path) -> Problem:
+    """Name the damaged files of a cached preset, and the command that deletes it."""
+    problem = _PROBLEMS["damaged"]
+    command_folder = shlex.quote(str(folder))
+    fields = {"name": source.preset, "files": ", ".join(files), "folder": command_folder}
+    return Problem(problem.reason, problem.sentence.format(**fields))
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status behind an error; 0 if no server answered."""
+    for each in _chain(error):
+        response = getattr(each, "response", None)
+        if response is not None:
+            return response.status_code
+    return 0
+
+
+def _kind(error: BaseException, source: Source, place: str | None, user: str | None) -> str | None:
+    """Find an error's row in the table of problems."""
+    status = status_of(error)
+    if status in (401, 403) and source.site:
+        if place is None:
+            return f"{source.site}: no token"
+        # Kaggle answers 403 to some bad tokens too, but names no user for those.
+        # The Hub answers 401 to those.
+        if status == 403 and (user or source.site == "hf"):
+            return f"{source.site}: no consent"
+        return f"{source.site}: token refused"
+    if status >= 500:
+        return "5xx"
+    if status:
+        return str(status) if status in (404, 429) else "another status"
+    numbers = {getattr(each, "errno", None) for each in _chain(error)}
+    if numbers.intersection(_FULL):
+        return "disk"
+    if numbers.intersection(_CLOSED):
+        return "folder"
+    # private: this text of huggingface_hub, whose error has no class of its own
+    if "Consistency check failed" in str(error):
+        return "broken off"
+    # Without urllib3's: there, a refused connection is a kind of TimeoutError.
+    classes = [kind for each in _chain(error) for kind in type(each).__mro__]
+    names = {kind.__name__ for kind in classes if not kind.__module__.startswith("urllib3")}
+    for kind, known in _KINDS.items():
+        if names & known:
+            return kind
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -312,8 +412,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _free(place: str | None) -> str:
-    folder = Path(place or kagglehub.config.get_cache_folder())
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    return f" ({shutil.disk_usage(folder).free / 2**30:.1f} GiB are free in {folder})"
+def _said(error: BaseException) -> str:
+    """Return the first line of an error's text, shortened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:120]

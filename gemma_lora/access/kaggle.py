@@ -1,19 +1,28 @@
-"""Whose token Kaggle's client uses and where it was found; never what it is."""
+"""Whose Kaggle token is used, and where one exists; never what it is.
+
+Here: hand Colab's secrets to kagglehub, ask Kaggle whose credentials they are, ask you
+for a token, store it, and hide every secret in a text. Which credentials come first is
+Kaggle's client's business: we ask the client. Not here: downloads (`fetch`).
+"""
 
 import base64
 import getpass
 import json
 import os
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import huggingface_hub
 import kagglehub
-import requests
+
+# private: kagglehub.config has these names, but kagglehub does not export them
 from kagglehub.config import (
     KaggleApiCredentials,
     clear_kaggle_credentials,
@@ -24,164 +33,29 @@ from kagglehub.config import (
 
 from gemma_lora.tables import Table
 
+T = TypeVar("T")
+
 NAMES = ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")
 
-
-def used_place() -> str | None:
-    """Where the credentials that Kaggle's client will use were found; None if there are none."""
-    used, problem = held_credentials()
-    if problem:
-        raise ValueError(problem)
-    found = list(all_places())
-    if (
-        used is None or used.api_key is None
-    ):  # its inner client looks again: a token first, and at home last
-        inner = [one for one in found if one[1] and (one[1].api_key or used is None)]
-        place, used = next(iter(inner), (None, used))
-        if place:
-            check_characters(used, place)
-            return place
-    if used is None:
-        return None
-    place = getattr(
-        used, "gemma_lora_place", None
-    )  # set below, on the credentials that kagglehub then holds
-    place = place or next((place for place, one in found if one == used), "an earlier login")
-    check_characters(used, place)
-    return place
-
-
-def held_credentials() -> tuple[KaggleApiCredentials | None, str]:
-    """What Kaggle's client uses; and where it fails, why. Its own errors may hold, or lead to, the value."""
-    try:
-        return get_kaggle_credentials(), ""
-    except (OSError, TypeError, ValueError) as error:
-        if (
-            type(error) is ValueError
-        ):  # a kaggle.json that cannot be read; the message holds its path only
-            return None, f"{error}. Download it again, or delete it."
-        what = "What KAGGLE_API_TOKEN names, or a file in ~/.kaggle (access_token, kaggle.json),"
-        return (
-            None,
-            f"{what} is no token and cannot be read ({type(error).__name__}). Create it anew.",
-        )
-
-
-def hide(text: str) -> str:
-    """Leave out of a text every secret that can be found."""
-    for secret in secrets():
-        text = text.replace(secret, "(hidden)")
-    return text
-
-
-def secrets() -> list[str]:
-    """All that must never be shown: every token and key that can be found, longest first."""
-    try:
-        pairs = [held_credentials()[0], *(found for _, found in all_places())]
-        hub = huggingface_hub.get_token()
-    except (OSError, ValueError):
-        pairs, hub = [held_credentials()[0]], None
-    found = [value for one in pairs if one for value in (one.api_key, one.key)]
-    found += [
-        base64.b64encode(f"{one.username}:{one.key}".encode()).decode()
-        for one in pairs
-        if one and one.key
-    ]
-    found += [hub, *map(os.environ.get, ("KAGGLE_API_TOKEN", "KAGGLE_KEY", "HF_TOKEN"))]
-    return sorted(
-        {value for value in found if isinstance(value, str) and len(value) > 3},
-        key=len,
-        reverse=True,
-    )
-
-
-def check_hub_token() -> None:
-    """Raise a ValueError, without the value, if the Hub's token is one that no header can carry."""
-    try:
-        token = huggingface_hub.get_token()
-    except (OSError, ValueError):
-        token = "\0"
-    if token:
-        check_characters(KaggleApiCredentials(api_key=token), "HF_TOKEN, or the Hub's file of it,")
-
-
-def all_places() -> Iterator[tuple[str, KaggleApiCredentials | None]]:
-    """Yield each place that Kaggle's client reads, in its order, and what stands there."""
-
-    def from_file(path: Path) -> KaggleApiCredentials | None:
-        text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-        return KaggleApiCredentials(api_key=text) if text else None
-
-    if {"KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL"} <= os.environ.keys():
-        yield "Kaggle's own notebook", from_file(Path(os.environ.get("KAGGLE_API_V1_TOKEN", "")))
-    token, username, key = map(os.environ.get, NAMES)
-    home = Path.home() / ".kaggle"
-    if token and os.path.exists(token):  # noqa: PTH110 (unlike Path, it takes a name of any length)
-        yield "environment: KAGGLE_API_TOKEN", from_file(Path(token))
-    else:
-        yield (
-            "environment: KAGGLE_API_TOKEN",
-            KaggleApiCredentials(api_key=token) if token else None,
-        )
-    yield (
-        "file: ~/.kaggle/access_token",
-        from_file(home / "access_token") or from_file(home / "access_token.txt"),
-    )
-    pair = KaggleApiCredentials(username=username, key=key) if username and key else None
-    yield "environment: KAGGLE_USERNAME and KAGGLE_KEY", pair
-    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or home)
-    for name, where in {"kaggle.json": folder, "~/.kaggle/kaggle.json": home}.items():
-        if name == "kaggle.json" or where != folder:
-            text = from_file(where / "kaggle.json")
-            yield (
-                f"file: {name}",
-                read_pair(text.api_key) if text else None,
-            )  # used_place() says if it cannot be read
-
-
-def read_pair(text: str) -> KaggleApiCredentials | None:
-    """Read what stands in a kaggle.json; None if it is none."""
-    try:
-        pair = json.loads(text)
-        return KaggleApiCredentials(username=pair["username"], key=pair["key"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def check_characters(given: KaggleApiCredentials, place: str) -> None:
-    """Raise a ValueError, without the value, for what no header can carry: its own error would show the value."""
-    values = (
-        {"token": given.api_key}
-        if given.api_key is not None
-        else {"user name": given.username, "key": given.key}
-    )
-    for what, value in values.items():
-        if not isinstance(value, str) or not value:
-            raise ValueError(
-                f"The {what} in {place} is empty, or no text. Received: {type(value).__name__}"
-            )
-        bad = next((char for char in value if not "!" <= char <= "~"), None)
-        if bad:
-            kind = (
-                "a space or line break"
-                if bad.isspace()
-                else "a character outside ASCII, or a control character"
-            )
-            raise ValueError(f"The {what} in {place} holds {kind}; none has. Copy it again.")
-
+# How long one question to Kaggle may take, in seconds.
+SECONDS = 20
 
 THREE_WAYS = """\
-Create a token on kaggle.com: your picture > Settings > API > Generate New Token. Then one of
-- in Colab: the key symbol on the left > Add new secret > name KAGGLE_API_TOKEN, value the token, Notebook access on;
-- anywhere: the environment variable KAGGLE_API_TOKEN;
-- on your own machine: the file ~/.kaggle/access_token, the token alone; gl.kaggle_login(store=True) asks and writes it.
-An older user name and key work too, as KAGGLE_USERNAME and KAGGLE_KEY or as the file ~/.kaggle/kaggle.json."""
-_NOT_USED = "yes, but a place above comes first"
+Create a token on kaggle.com: your picture > Settings > API > Generate New Token. Then
+- in Colab: the key symbol on the left > Add new secret > name KAGGLE_API_TOKEN, value the
+  token, Notebook access on;
+- elsewhere: set the environment variable KAGGLE_API_TOKEN;
+- or, on your own machine: gl.kaggle_login(store=True) asks for it and writes it to the file
+  ~/.kaggle/access_token.
+An older user name and key work too: KAGGLE_USERNAME and KAGGLE_KEY, or ~/.kaggle/kaggle.json."""
 
 
 @dataclass(frozen=True)
 class Login:
-    """Where credentials were found, and whose they are; true if there are any. `user` is None if Kaggle did not say."""
+    """Where credentials for Kaggle were found, and whose they are.
+
+    It is true if there are any. `user` is None if Kaggle did not say.
+    """
 
     place: str | None
     user: str | None
@@ -192,12 +66,10 @@ class Login:
     def __repr__(self) -> str:
         if self.place is None:
             return f"No credentials for Kaggle.\n{THREE_WAYS}"
-        whose = (
-            f"of the user {self.user!r}"
-            if self.user
-            else "whose user Kaggle did not confirm: gl.check() says why"
-        )
-        return f"Kaggle credentials {whose}, found in: {self.place}"
+        owner = "whose user Kaggle did not confirm: gl.check() says why"
+        if self.user:
+            owner = f"of the user {self.user!r}"
+        return f"Kaggle credentials {owner}, found in: {self.place}"
 
 
 def kaggle_login(
@@ -208,207 +80,400 @@ def kaggle_login(
     store: bool = False,
     ask: bool = True,
 ) -> Login:
-    """Find credentials for Kaggle where its client looks, in its order, and have kagglehub and KerasHub use them.
+    """Find credentials for Kaggle, have kagglehub and KerasHub use them, and say whose.
 
-    The order: these arguments; an earlier login; the environment or file KAGGLE_API_TOKEN; `~/.kaggle/access_token`;
-    the environment variables KAGGLE_USERNAME and KAGGLE_KEY; kaggle.json; Colab's secrets of the same three names.
-    Where there is nothing, it asks for a token, hidden while you type; Enter goes on without.
+    Arguments come first. Without them, Kaggle's client looks: at KAGGLE_API_TOKEN, at
+    `~/.kaggle/access_token`, the older KAGGLE_USERNAME and KAGGLE_KEY, `kaggle.json`,
+    and Colab's secrets of these names. If nothing exists, this asks you for a token,
+    hidden while you type; press Enter to go on without one.
 
     Args:
-        token: An API token. Rather a variable than a literal: what stands in a cell is saved with it.
+        token: An API token. Pass a variable, not a literal: a literal is saved with the
+            notebook.
         username, key: An older pair instead of a token.
-        store: Whether to write what was given or typed to `~/.kaggle/access_token` (a pair: `kaggle.json`), readable by
-            you alone, once Kaggle has confirmed it.
-        ask: Whether to ask, where there is somebody to ask.
+        store: Whether to write what you gave or typed to `~/.kaggle/access_token` (a
+            pair: `kaggle.json`), readable by you alone, after Kaggle has confirmed it.
+        ask: Whether to ask, if somebody can be asked.
 
     Returns:
-        Where they were found and whose they are. It is false, and shows what to do, where there are none.
+        Where they were found and whose they are. It is false, and shows what to do, if
+        there are none.
 
     Raises:
-        ValueError: What was given or found cannot be a token or key, or a place that Kaggle's client prefers hides it.
-        PermissionError: `store`, and Kaggle did not confirm them.
-        FileExistsError: `store`, and there is a file already.
+        ValueError: What you gave, or what was found, cannot be a token or key; or a
+            token exists that Kaggle's client would send instead of your pair.
+        PermissionError: With `store`, Kaggle did not confirm them.
+        FileExistsError: With `store`, the file already exists.
     """
     if (username is None) != (key is None) or (token is not None and key is not None):
         raise ValueError(
             "Give a token, or a username and a key. Received: another choice of the three."
         )
-    place = "the arguments" if token is not None or key is not None else None
-    pair = KaggleApiCredentials(username=username, key=key, api_key=token)
-    given = _from_text(token) if isinstance(token, str) else pair
-    if place is None:
+    given, place = None, None
+    if key is not None:
+        given, place = KaggleApiCredentials(username=username, key=key), "the arguments"
+    elif token is not None:
+        given, place = _from_text(token), "the arguments"
+    else:
         share_colab_secrets()
-        if ask and used_place() is None and (typed := _ask()):
+        typed = _ask() if ask and used_place() is None else None
+        if typed:
             given, place = _from_text(typed), "what you typed"
-    if place:
-        _use(given, place)
-    used = used_place()
-    login = Login(used, whose() if used else None)
-    if store and place:
+    if given:
+        _hand_over(given, place)
+    else:
+        place = used_place()
+    login = Login(place, whose() if place else None)
+    if store and given:
         _store(given, login)
     return login
 
 
 def find_credentials() -> Table:
-    """Look where Kaggle's client looks, and say where something was found, never what: a row a place, in its order."""
-    refused = share_colab_secrets()
-    used, rows = used_place(), []
-    for place, found in all_places():
-        rows.append(
-            {"place": place, "found": "yes" if place == used else _NOT_USED if found else "no"}
-        )
-    if used and used not in [row["place"] for row in rows]:
-        rows.insert(0, {"place": used, "found": "yes"})
-    refused = {f"Colab secret {name}": reason for name, reason in refused.items()}
-    return Table(
-        rows
-        + [{"place": place, "found": reason} for place, reason in refused.items() if place != used]
+    """Look where Kaggle's client looks, and say whether credentials exist there.
+
+    The result has a row for each place. `found` is "yes", "no" or a reason. What the
+    credentials are is never shown, and Kaggle is not asked.
+    """
+    rows = []
+    for place, found in known_places().items():
+        if isinstance(found, KaggleApiCredentials):
+            problem = problem_with(found)
+            found = f"yes, but {problem}" if problem else "yes"
+        rows.append({"place": place, "found": found or "no"})
+    if "COLAB_RELEASE_TAG" in os.environ:
+        secrets_of_colab = share_colab_secrets()
+        for name in NAMES:
+            found = secrets_of_colab.get(name, "not asked: a place above has credentials")
+            rows.append({"place": f"Colab secret {name}", "found": found})
+    held = _held()
+    if held and held != _from_colab and held not in known_places().values():
+        rows.insert(0, {"place": "an earlier login", "found": "yes"})
+    return Table(rows)
+
+
+def known_places() -> dict[str, KaggleApiCredentials | str | None]:
+    """Read each place that Kaggle documents.
+
+    Returns:
+        By place: credentials, a text that says why they cannot be read, or None.
+    """
+    home = Path.home() / ".kaggle"
+    folder = Path(os.environ.get("KAGGLE_CONFIG_DIR") or home)
+    token, username, key = (os.environ.get(name) for name in NAMES)
+    places = {}
+    if {"KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL"} <= os.environ.keys():
+        file = Path(os.environ.get("KAGGLE_API_V1_TOKEN", ""))
+        places["Kaggle's own notebook"] = _in_file(file)
+    places["environment: KAGGLE_API_TOKEN"] = None
+    if token and os.path.exists(token):  # noqa: PTH110 (Path takes no name of such length)
+        places["environment: KAGGLE_API_TOKEN"] = _in_file(Path(token))
+    elif token:
+        places["environment: KAGGLE_API_TOKEN"] = KaggleApiCredentials(api_key=token)
+    places["file: ~/.kaggle/access_token"] = _in_file(home / "access_token") or _in_file(
+        home / "access_token.txt"
     )
+    places["environment: KAGGLE_USERNAME and KAGGLE_KEY"] = None
+    if username and key:
+        pair = KaggleApiCredentials(username=username, key=key)
+        places["environment: KAGGLE_USERNAME and KAGGLE_KEY"] = pair
+    places["file: kaggle.json"] = _in_file(folder / "kaggle.json")
+    return places
+
+
+def used_place() -> str | None:
+    """Name the places that hold what Kaggle's client will send; None if it has nothing.
+
+    Raises ValueError, without the value, if what it found cannot be read or sent.
+    """
+    used = _in_use()
+    if used is None:
+        return None
+    places = [place for place, found in known_places().items() if found == used]
+    if used == _from_colab:
+        places.append(_colab_place(used))
+    place = " and ".join(places) or "an earlier login"
+    check_characters(used, place)
+    return place
 
 
 def whose() -> str | None:
     """Ask Kaggle for the name of the credentials' user; None if it does not say."""
     try:
-        with timeouts():
-            return kagglehub.whoami(verbose=False)["username"]
-    except Exception:  # kagglehub has one error for all: wrong, no answer, not JSON
+        asked = in_background(lambda: kagglehub.whoami(verbose=False))
+        return asked.result(SECONDS)["username"]
+    except Exception:
+        # kagglehub raises the same error for a wrong token, no answer, and no JSON.
         return None
+
+
+def in_background(call: Callable[[], T]) -> "Future[T]":
+    """Start a call in a daemon thread, and return its future.
+
+    Kaggle's client sets no time limit on its requests; `in_background(call).result(20)`
+    does. Unlike a thread pool, a daemon thread does not keep a program from ending.
+
+    >>> in_background(lambda: 6 * 7).result(1)
+    42
+    """
+    future: Future[T] = Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+# Secrets, and how they stay hidden
+
+
+def hide(text: str) -> str:
+    """Replace every secret that can be found in a text by "(hidden)"."""
+    for secret in secrets():
+        text = text.replace(secret, "(hidden)")
+    return text
+
+
+def secrets() -> list[str]:
+    """List every token and key that can be found, longest first. Never show it."""
+    values = [os.environ.get(name) for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY", "HF_TOKEN")]
+    for found in [*known_places().values(), _held()]:
+        if not isinstance(found, KaggleApiCredentials):
+            continue
+        values += [found.api_key, found.key]
+        if found.key:
+            # A pair is sent as base64, so an error can also show it in that form.
+            pair = f"{found.username}:{found.key}".encode(errors="surrogateescape")
+            values.append(base64.b64encode(pair).decode())
+    # If the Hub's file of the token cannot be read, nobody can show it.
+    with suppress(OSError, ValueError):
+        values.append(huggingface_hub.get_token())
+    texts = {value for value in values if isinstance(value, str) and len(value) > 3}
+    return sorted(texts, key=len, reverse=True)
+
+
+def problem_with(credentials: KaggleApiCredentials) -> str | None:
+    """Say, without the value, why no header can carry credentials; None if one can.
+
+    >>> problem_with(KaggleApiCredentials(api_key="two words"))
+    'the token holds a space or line break'
+    """
+    values = {"token": credentials.api_key}
+    if credentials.api_key is None:
+        values = {"user name": credentials.username, "key": credentials.key}
+    for what, value in values.items():
+        if not isinstance(value, str):
+            return f"the {what} is not text but {type(value).__name__}"
+        if not value:
+            return f"the {what} is empty"
+        if any(character.isspace() for character in value):
+            return f"the {what} holds a space or line break"
+        if not all("!" <= character <= "~" for character in value):
+            return f"the {what} holds a control character, or one outside ASCII"
+    return None
+
+
+def check_characters(credentials: KaggleApiCredentials, place: str) -> None:
+    """Raise ValueError, without the value, if credentials cannot be sent in a header.
+
+    Call it before any client sees them: the client's own error would show the value.
+    """
+    problem = problem_with(credentials)
+    if problem:
+        raise ValueError(f"Found in {place}: {problem}. Copy it again.")
+
+
+def check_hub_token() -> str | None:
+    """Say where the Hub's token is; None if there is none.
+
+    Raises ValueError, without the value, if it cannot be read or sent.
+    """
+    place = "HF_TOKEN, or the file that huggingface_hub.login() writes"
+    try:
+        token = huggingface_hub.get_token()
+    except (OSError, ValueError):
+        token = "\0"
+    if not token:
+        return None
+    check_characters(KaggleApiCredentials(api_key=token), place)
+    return place
+
+
+# Colab's secrets
+
+# What was handed to kagglehub last, to tell it from a login.
+_from_colab: KaggleApiCredentials | None = None
 
 
 def share_colab_secrets() -> dict[str, str]:
-    """In Colab, have Kaggle's client use the secrets; for each that could not be read, why.
+    """Hand Colab's secrets to kagglehub, unless other credentials exist.
 
-    The client itself finds a user name and key there only if there is a token too, and keeps what it found once.
+    kagglehub alone finds a user name and key there only if a token is there too.
+
+    Returns:
+        For each secret "yes", "no" or a reason. Nothing outside Colab, or if another
+        place has credentials: then Colab is not asked.
     """
+    global _from_colab
     if "COLAB_RELEASE_TAG" not in os.environ:
         return {}
-    if any(
-        found for _, found in all_places()
-    ):  # they come first, also where the secrets were used before
-        if getattr(held_credentials()[0], "gemma_lora_place", "").startswith("Colab"):
-            clear_kaggle_credentials()
-        return {}
+    from_colab_before = _from_colab is not None and _held() == _from_colab
+    found, secret = {}, None
+    if not any(known_places().values()):
+        found, secret = _read_colab_secrets()
+    if from_colab_before and secret is None:
+        clear_kaggle_credentials()
+    elif secret and (from_colab_before or _held() in (None, secret)):
+        _hand_over(secret, _colab_place(secret))
+        _from_colab = secret
+    return found
+
+
+def _read_colab_secrets() -> tuple[dict[str, str], KaggleApiCredentials | None]:
+    """Ask Colab for its secrets: what exists, and the credentials that they make."""
     try:
         from google.colab import userdata
-    except ImportError:  # a virtual environment within Colab
-        return {}
-
+    except ImportError:
+        # A virtual environment inside Colab does not have Colab's module.
+        return {}, None
     reasons = {
         userdata.SecretNotFoundError: "no",
-        userdata.NotebookAccessError: "yes, but notebook access is off: switch it on beside the secret",
+        userdata.NotebookAccessError: "yes, but switch its notebook access on",
         userdata.TimeoutException: "Colab did not answer: run this cell again",
     }
-    found, refused = {}, {}
+    values, found = {}, {}
     for name in NAMES:
         try:
-            found[name] = (
-                userdata.get(name).replace("\r", "").replace("\n", "").strip()
-            )  # as the client does
-        except Exception as error:  # Colab's own three, or a process that has no page to ask
-            refused[name] = reasons.get(
-                type(error), "could not be asked for: that takes a notebook's page"
-            )
-    token, username, key = map(found.get, NAMES)
-    if not token and not (username and key):
-        return refused
-    secret = (
-        KaggleApiCredentials(api_key=token)
-        if token
-        else KaggleApiCredentials(username=username, key=key)
+            # Line breaks are left out, as kagglehub does.
+            values[name] = "".join(userdata.get(name).splitlines()).strip()
+            found[name] = "yes"
+        except Exception as error:
+            # Colab's own three, or a process that has no page to ask.
+            found[name] = reasons.get(type(error), "only a notebook's page can be asked for it")
+    token, username, key = (values.get(name) for name in NAMES)
+    if token:
+        return found, KaggleApiCredentials(api_key=token)
+    if username and key:
+        return found, KaggleApiCredentials(username=username, key=key)
+    return found, None
+
+
+def _colab_place(secret: KaggleApiCredentials) -> str:
+    if secret.api_key is None:
+        return "Colab secrets KAGGLE_USERNAME and KAGGLE_KEY"
+    return "Colab secret KAGGLE_API_TOKEN"
+
+
+# Between kagglehub and you
+
+
+def _in_use() -> KaggleApiCredentials | None:
+    """Ask kagglehub what it will send. Raises ValueError, without the value."""
+    try:
+        return get_kaggle_credentials()
+    except (OSError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+    # Raised out here: as its context, the client's error could show the value.
+    raise ValueError(
+        f"Kaggle's client cannot read its credentials ({kind}). One of these is damaged: "
+        "KAGGLE_API_TOKEN, ~/.kaggle/access_token, kaggle.json. Delete it, or create it again."
     )
-    held, _ = held_credentials()
-    if held in (None, secret) or getattr(held, "gemma_lora_place", "").startswith(
-        "Colab"
-    ):  # else: a login came first
-        _use(
-            secret,
-            "Colab secret KAGGLE_API_TOKEN"
-            if token
-            else "Colab secrets KAGGLE_USERNAME and KAGGLE_KEY",
-        )
-    return refused
 
 
-@contextmanager
-def timeouts(connect: float = 5, read: float = 20) -> Iterator[None]:
-    """Within this context no request of Kaggle's client waits for ever: it sets no limit itself. Seconds."""
-    with _ONE_AT_A_TIME:
-        send = requests.Session.send
-
-        def limited(self, request, **options):
-            options["timeout"] = options.get("timeout") or (connect, read)
-            return send(self, request, **options)
-
-        requests.Session.send = limited
-        try:
-            yield
-        finally:
-            requests.Session.send = send
+def _held() -> KaggleApiCredentials | None:
+    """Say what kagglehub will send; None also if it cannot say."""
+    try:
+        return _in_use()
+    except ValueError:
+        return None
 
 
-_ONE_AT_A_TIME = threading.RLock()
+def _in_file(path: Path) -> KaggleApiCredentials | str | None:
+    """Read credentials from a file; say why if that fails; None if it has none."""
+    try:
+        if not path.is_file():
+            return None
+        text = path.read_text(encoding="utf-8").strip()
+        if path.name != "kaggle.json":
+            return KaggleApiCredentials(api_key=text) if text else None
+        return _pair(text)
+    except (OSError, ValueError) as error:
+        return f"yes, but it cannot be read ({type(error).__name__})"
+
+
+def _pair(text: str) -> KaggleApiCredentials:
+    """Read the text of a kaggle.json. Raises ValueError, without the text."""
+    try:
+        values = json.loads(text)
+        return KaggleApiCredentials(username=values["username"], key=values["key"])
+    except (KeyError, TypeError, ValueError):
+        values = None
+    # Raised out here, because that error holds the text.
+    raise ValueError("It begins like a kaggle.json, but holds no username and key.")
 
 
 def _from_text(text: str) -> KaggleApiCredentials:
-    """Read a token, or what stands in a kaggle.json, which people paste too."""
-    if not text.lstrip().startswith("{"):
-        return KaggleApiCredentials(api_key=text.strip())
-    if (pair := read_pair(text)) is None:
-        raise ValueError("That begins like a kaggle.json, but holds no username and key.")
-    return pair
+    """Read a token, or the text of a kaggle.json, which people paste too."""
+    if isinstance(text, str) and text.lstrip().startswith("{"):
+        return _pair(text)
+    return KaggleApiCredentials(api_key=text.strip() if isinstance(text, str) else text)
 
 
-def _use(given: KaggleApiCredentials, place: str) -> None:
-    """Hand credentials to kagglehub, which KerasHub asks; in memory, not in the environment that others can list."""
+def _hand_over(given: KaggleApiCredentials, place: str) -> None:
+    """Give credentials to kagglehub: in memory, not in the environment."""
     check_characters(given, place)
-    if given.api_key is None:
-        hidden = [name for name, found in all_places() if found and found.api_key]
-        if hidden:
-            raise ValueError(
-                f"Kaggle's client prefers a token to a user name and key, and there is one in {hidden[0]}. Remove it, "
-                "or pass token=... instead."
-            )
-        set_kaggle_credentials(given.username, given.key)
-    else:
+    if given.api_key is not None:
         set_kaggle_api_token(given.api_key)
-    get_kaggle_credentials().gemma_lora_place = place
+        return
+    for other, found in known_places().items():
+        if isinstance(found, KaggleApiCredentials) and found.api_key:
+            raise ValueError(
+                "Kaggle's client prefers a token to a user name and key, and one exists in "
+                f"{other}. Remove it, or pass token=... instead."
+            )
+    set_kaggle_credentials(given.username, given.key)
 
 
 def _ask() -> str | None:
-    """Ask for a token, hidden; None where nobody can be asked."""
+    """Ask for a token, hidden while it is typed; None if nobody can be asked."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel") and (
-        getattr(sys.stdin, "closed", True) or not sys.stdin.isatty()
-    ):
+    in_terminal = not getattr(sys.stdin, "closed", True) and sys.stdin.isatty()
+    if not hasattr(shell, "kernel") and not in_terminal:
         return None
     try:
-        return getpass.getpass(
-            "Kaggle API token (hidden while you type; Enter to go on without): "
-        ).strip()
-    except (
-        EOFError,
-        RuntimeError,
-    ):  # a notebook that runs with no page to ask: StdinNotImplementedError
+        prompt = "Kaggle API token (hidden while you type; Enter to go on without): "
+        return getpass.getpass(prompt).strip()
+    except (EOFError, RuntimeError):
+        # A notebook that runs without a page raises StdinNotImplementedError.
         return None
 
 
 def _store(given: KaggleApiCredentials, login: Login) -> None:
+    """Write confirmed credentials where Kaggle's client looks, never over a file."""
     if login.user is None:
         raise PermissionError(
             "Kaggle did not confirm these credentials, so nothing was stored. gl.check() says why."
         )
     path = Path.home() / ".kaggle" / "access_token"
-    if given.api_key is None:
+    text = given.api_key
+    if text is None:
         path = Path(os.environ.get("KAGGLE_CONFIG_DIR") or path.parent) / "kaggle.json"
-    if path.exists():
-        raise FileExistsError(
-            f"There is a file {path} already, and it was left as it is. Delete it to store these."
-        )
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    pair = json.dumps({"username": given.username, "key": given.key})
+        text = json.dumps({"username": given.username, "key": given.key})
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The whole text under another name first; mkstemp lets only its owner read it.
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=".part")
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(given.api_key or pair)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        # Unlike a rename, a link fails if the file exists.
+        path.hardlink_to(part)
+    except FileExistsError:
+        raise FileExistsError(
+            f"The file {path} already exists, and was left as it is. Delete it to store these."
+        ) from None
+    finally:
+        Path(part).unlink()

@@ -1,8 +1,13 @@
-"""Send a folder to Kaggle or the Hugging Face Hub: an adapter, a saved preset, or a model exported for others."""
+"""Send a folder to Kaggle or the Hugging Face Hub, after a look at what would be sent.
+
+Here: which files of a folder are sent, under which licence, and what a refusal means.
+Not here: how such a folder is made (the other formats), whose token is used (`access`).
+"""
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
@@ -11,33 +16,40 @@ import kagglehub
 import requests
 from huggingface_hub.utils import validate_repo_id
 
-from gemma_lora.access.fetch import AccessError, Source, explain
-from gemma_lora.access.kaggle import (
-    THREE_WAYS,
-    check_hub_token,
-    hide,
-    share_colab_secrets,
-    timeouts,
-    used_place,
-)
+from gemma_lora.access.fetch import AccessError, Source, access_error
+from gemma_lora.access.kaggle import THREE_WAYS, hide, share_colab_secrets
 from gemma_lora.models import TINY, TINY_VOCABULARY
 from gemma_lora.tables import ShowsAsTable, Table
 
 _ADDRESS = r"kaggle://[\w-]+/[\w-]+/\w+/[\w.-]+|hf://[\w.-]+/[\w.-]+"
 _WEIGHTS = (".safetensors", ".h5")
-_SENT = (
-    r"[^/]+\.(safetensors|h5|json|model|spm|jinja)|README\.md|(LICENSE|NOTICE)(\.\w+)?|assets/.+"
-)
-_NEVER = r"(?i)\..*|.*\.part|(checkpoint|ckpt).*|kaggle\.json|.*(secret|credential).*|(.*[_-])?token\.json"
+
+# What is sent of a folder and of its `assets`, and what is never sent; in lower case.
+_SENT = ("*.safetensors", "*.h5", "*.json", "*.model", "*.spm", "*.jinja", "readme.md")
+_SENT += ("license", "license.*", "notice", "notice.*", "assets/*")
+_NEVER = (".*", "*/.*", "*.part", "*secret*", "*credential*", "*kaggle.json")
+_NEVER += ("checkpoint*", "ckpt*", "*/checkpoint*", "*/ckpt*")
+_NEVER += ("token.json", "*[_-]token.json", "*/token.json")
+
 _APACHE = f"Licence: Apache-2.0, as it is made from {TINY}, this project's own."
 _GEMMA = (
-    "Licence: Gemma's terms go with all that is made from Gemma, https://ai.google.dev/gemma/terms"
+    "Licence: Gemma's terms go with everything made from Gemma, https://ai.google.dev/gemma/terms"
 )
+
+# Where a refused upload means something else than a refused download, by reason.
+_SENTENCES = {
+    "consent": "{host} does not let this machine's token write to {owner!r} (403). The owner is "
+    "your own user name there, or an organisation in which you may write; on the Hub the token "
+    "needs the role write.",
+    "network": "{host} cannot be reached, or stopped answering before everything had arrived. "
+    "Check the network (also a proxy, a VPN, HF_HUB_OFFLINE), and run this again.",
+    "unknown": "{host} did not take {handle!r}: {said}",
+}
 
 
 @dataclass(frozen=True, repr=False)
 class Upload(ShowsAsTable):
-    """What `upload` sent, or would send, shown as a table: the bytes of each file, and what was left out."""
+    """What `upload` sent, or would send: each file's bytes, and what was left out."""
 
     uri: str
     files: dict[str, int]
@@ -50,49 +62,50 @@ class Upload(ShowsAsTable):
         """A row for each file, and their sum."""
         rows = [{"file": name, "bytes": size} for name, size in self.files.items()]
         rows.append({"file": "all", "bytes": sum(self.files.values())})
-        where = (
-            f"Sent to {self.url}"
-            if self.sent
-            else f"A dry run, nothing was sent. It would go to {self.url}"
-        )
-        lines = [f"{where}, private if it is new.", self.licence]
-        lines += [f"Left out: {', '.join(self.left_out)}"] if self.left_out else []
+        where = "Sent to" if self.sent else "A dry run: nothing was sent. It would go to"
+        lines = [f"{where} {self.url}", "A new model is private.", self.licence]
+        if self.left_out:
+            lines.append(f"Left out: {', '.join(self.left_out)}")
         return Table(rows, caption="\n".join(lines))
 
 
 def upload(
     folder: str | Path, uri: str, *, dry_run: bool = False, card: str | None = None
 ) -> Upload:
-    """Send a model's or an adapter's folder to Kaggle or the Hugging Face Hub; a second time, as a new version.
+    """Send a model or an adapter to Kaggle or the Hub; the next time, as a new version.
 
-    Weights, JSON, the vocabulary, `assets`, README.md and licences are sent. All else in the folder is left out, hidden
-    files, links, checkpoints and credentials too, and the result names it.
+    Weights, JSON, the vocabulary, `assets`, README.md and licences are sent. Everything
+    else stays: hidden files, links, checkpoints, credentials. The result names it.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> _ = (folder / "adapter.json").write_text('{"base": "tiny_gemma_en"}')
     >>> _ = (folder / "adapter.safetensors").write_bytes(bytes(2048))
     >>> _ = (folder / ".env").write_text("what nobody else should see")
-    >>> upload(folder, "hf://ada/tiny_lora", dry_run=True, card="An adapter for travel questions.")
-    A dry run, nothing was sent. It would go to https://huggingface.co/ada/tiny_lora, private if it is new.
+    >>> upload(folder, "hf://ada/tiny", dry_run=True, card="An adapter for trips.")
+    A dry run: nothing was sent. It would go to https://huggingface.co/ada/tiny
+    A new model is private.
     Licence: Apache-2.0, as it is made from tiny_gemma_en, this project's own.
     Left out: .env
     file                 bytes
-    README.md               32
+    README.md               21
     adapter.json            25
     adapter.safetensors  2,048
-    all                  2,105
+    all                  2,094
 
     Args:
         folder: From `gl.save_adapter`, `model.save_to_preset` or an export.
         uri: "kaggle://OWNER/MODEL/FRAMEWORK/VARIATION" or "hf://OWNER/NAME".
-        dry_run: Whether only to show what would be sent. It takes no network and no credentials, and writes nothing.
-        card: The model card, if the folder has no README.md; it is written there.
+        dry_run: Whether only to show what would be sent. It needs no network and no
+            credentials, and writes nothing.
+        card: The model card's text, if the folder has no README.md: it becomes one.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: The address is none, or the folder has no weights, no card, another card, or a token in a file.
-        RuntimeError: It could not be sent. The text says why and what to do; `reason` says it in one word.
+        FileNotFoundError: The folder does not exist.
+        ValueError: The address is malformed; or the folder has no weights, no model card,
+            a different card, or a token in a file.
+        RuntimeError: It could not be sent. The text says why and what to do; `reason`
+            says it in one word.
     """
     source, folder = _source(uri), Path(folder).expanduser()
     if not folder.is_dir():
@@ -100,58 +113,43 @@ def upload(
             f"There is no folder {folder}. Save a model first: gl.save_adapter(model, folder)."
         )
     files, left_out = _choose(folder)
-    if not any(name.endswith(_WEIGHTS) for name in files):
-        raise ValueError(
-            f"The folder {folder} holds no weights (*{', *'.join(_WEIGHTS)}). Found: {[*files] or 'none'}"
-        )
-    for name in files:
-        if (
-            not name.endswith(_WEIGHTS)
-            and hide(text := (folder / name).read_text("latin-1")) != text
-        ):
-            raise ValueError(
-                f"{name} holds a token or key that this machine uses. Remove it, and run this again."
-            )
+    _check_files(folder, files)
     readme = folder / "README.md"
-    if not card and not readme.is_file():
-        raise ValueError(
-            f"{folder} has no model card, the file README.md. Pass its text: card=gl.model_card(model)."
-        )
-    if card and readme.is_file() and readme.read_bytes() != card.encode():
-        raise ValueError(
-            f"{readme} is another card than `card`, and is not replaced. Delete it, or pass no card."
-        )
+    _check_card(readme, card)
     if card:
         files = dict(sorted({**files, "README.md": len(card.encode())}.items()))
-    tiny, url = _is_tiny(folder), "/".join([source.page, *source.handle.split("/")[2:]])
-    result = Upload(uri, files, left_out, _APACHE if tiny else _GEMMA, url, not dry_run)
+    is_tiny = _is_tiny(folder)
+    url = "/".join([source.page, *source.handle.split("/")[2:]])
+    result = Upload(uri, files, left_out, _APACHE if is_tiny else _GEMMA, url, sent=False)
     if dry_run:
         return result
 
-    _check_credentials(source)
+    place = _credentials(source)
     if card and not readme.is_file():
         part = readme.with_suffix(".part")
         part.write_bytes(card.encode())
         part.replace(readme)
     try:
-        with timeouts(read=300):
-            _send(folder, source, result, "Apache 2.0" if tiny else None)
-        return result
+        _send(folder, source, result, "Apache 2.0" if is_tiny else None)
     except Exception as error:
-        problem = _explain(error, source)
-    raise problem  # here, not above: the client's error would stay with it, and may hold a header
+        problem = _explain(error, source, place)
+    else:
+        return replace(result, sent=True)
+    # Raised out here: as its context, the client's error could show a header.
+    raise problem
 
 
 def _source(uri: str) -> Source:
+    """Read an address. Raises ValueError if it is malformed."""
     if not re.fullmatch(_ADDRESS, str(uri)):
         forms = (
             '"kaggle://OWNER/MODEL/FRAMEWORK/VARIATION", without a version, or "hf://OWNER/NAME"'
         )
         raise ValueError(f"An address is {forms}. Received: {uri!r}")
     source = Source(uri)
-    if (
-        source.site == "kaggle"
-    ):  # the clients ask this, too, but late: Kaggle's when all has been sent
+    # The clients check this too, but Kaggle's only after it has sent everything.
+    if source.site == "kaggle":
+        # private: kagglehub.handle
         kagglehub.handle.parse_model_handle(source.handle).framework_enum()
     else:
         validate_repo_id(source.handle)
@@ -159,95 +157,126 @@ def _source(uri: str) -> Source:
 
 
 def _choose(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The bytes of each file to send, and what else is there: a file, or a folder of which nothing is sent."""
+    """Choose the files to send.
+
+    Returns:
+        The bytes of each file to send; and what is left out: files, or whole folders.
+    """
     files, left_out = {}, set()
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        name, parts = file.relative_to(folder).as_posix(), file.relative_to(folder).parts
-        never = file.is_symlink() or any(re.fullmatch(_NEVER, part) for part in parts)
-        if re.fullmatch(_SENT, name) and not never:
+        name = file.relative_to(folder).as_posix()
+        top, _, inner = name.partition("/")
+        may_be_sent = not inner or top == "assets"
+        is_wanted = _matches(name, _SENT) and not _matches(name, _NEVER)
+        if may_be_sent and is_wanted and not file.is_symlink():
             files[name] = file.stat().st_size
         else:
-            left_out.add(name if len(parts) == 1 or parts[0] == "assets" else f"{parts[0]}/")
+            left_out.add(name if may_be_sent else f"{top}/")
     return files, tuple(sorted(left_out))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def _check_files(folder: Path, files: dict[str, int]) -> None:
+    """Raise ValueError if no file holds weights, or one holds a known token."""
+    if not any(name.endswith(_WEIGHTS) for name in files):
+        raise ValueError(
+            f"The folder {folder} holds no weights (*{', *'.join(_WEIGHTS)}). "
+            f"Found: {[*files] or 'none'}"
+        )
+    for name in files:
+        if name.endswith(_WEIGHTS):
+            continue
+        text = (folder / name).read_text("latin-1")
+        if hide(text) != text:
+            raise ValueError(
+                f"{name} holds a token or key that this machine uses. Remove it, and run this "
+                "again."
+            )
+
+
+def _check_card(readme: Path, card: str | None) -> None:
+    """Raise ValueError if there is no card, or one that `card` would replace."""
+    if not card and not readme.is_file():
+        raise ValueError(
+            f"{readme.parent} has no model card, the file README.md. Pass its text: "
+            "card=gl.model_card(model)."
+        )
+    if card and readme.is_file() and readme.read_bytes() != card.encode():
+        raise ValueError(
+            f"{readme} is not the card you passed, and is not replaced. Delete it, or pass no card."
+        )
 
 
 def _is_tiny(folder: Path) -> bool:
     """Whether a folder's model, or its base, is the small model of this package."""
-    about = {}
+    values = {}
     for name in ("config.json", "adapter_config.json", "gemma_lora.json", "adapter.json"):
+        file = folder / name
         try:
-            about |= (
-                json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
-            )
-            base = Path(about.get("base_model_name_or_path") or about.get("base") or "")
-            inner = about.get("config", {}).get("vocabulary_size")
+            if file.is_file():
+                values |= json.loads(file.read_text("utf-8"))
+            base = Path(values.get("base_model_name_or_path") or values.get("base") or "")
+            inner = values.get("config", {}).get("vocabulary_size")
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{folder / name} cannot be read: {error}. Save or export it again."
-            ) from error
+            raise ValueError(f"{file} cannot be read: {error}. Save or export it again.") from error
     if base.is_absolute():
         raise ValueError(
-            f"The base is said to be {base}, a folder of this machine. Give a name when you export it."
+            f"The base is said to be {base}, a folder of this machine. Give a name when you export "
+            "it."
         )
-    return (
-        TINY_VOCABULARY in (inner, about.get("vocab_size"), about.get("vocabulary_size"))
-        or base.name == TINY
-    )
+    sizes = (inner, values.get("vocab_size"), values.get("vocabulary_size"))
+    return TINY_VOCABULARY in sizes or base.name == TINY
 
 
-def _check_credentials(source: Source) -> None:
+def _credentials(source: Source) -> str:
+    """Say where the site's credentials are. Raises AccessError if there are none."""
     share_colab_secrets()
-    if source.site == "kaggle":
-        found, way_out = used_place(), THREE_WAYS
-    else:
-        check_hub_token()
-        found = huggingface_hub.get_token()
-        way_out = "Create one with the role write on huggingface.co/settings/tokens, and call huggingface_hub.login()."
-    if not found:
-        raise AccessError(
-            "credentials", f"To send to {source.host} takes a token, and none was found. {way_out}"
+    place = source.credentials()
+    if place:
+        return place
+    way_out = THREE_WAYS
+    if source.site == "hf":
+        way_out = (
+            "Create one with the role write on huggingface.co/settings/tokens, and call "
+            "huggingface_hub.login()."
         )
+    raise AccessError(
+        "credentials", f"Sending to {source.host} takes a token, and none was found. {way_out}"
+    )
 
 
 def _send(folder: Path, source: Source, result: Upload, license_name: str | None) -> None:
-    if (
-        source.site == "kaggle"
-    ):  # it makes a new model private itself; its list of licences has none for Gemma
+    """Have the site's client send exactly the chosen files; a new model is private."""
+    if source.site == "kaggle":
+        # It makes a new model private itself; its list of licences has none for Gemma.
         patterns = [escape(name) for name in result.left_out]
         kagglehub.model_upload(source.handle, str(folder), license_name, ignore_patterns=patterns)
-    else:
-        hub, patterns = huggingface_hub.HfApi(), [escape(name) for name in result.files]
-        hub.create_repo(source.handle, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=source.handle, folder_path=folder, allow_patterns=patterns)
+        return
+    hub = huggingface_hub.HfApi()
+    patterns = [escape(name) for name in result.files]
+    hub.create_repo(source.handle, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=source.handle, folder_path=folder, allow_patterns=patterns)
 
 
-def _explain(error: Exception, source: Source) -> AccessError:
-    """Say what an error of the clients means: as of a download where that is the same, else in words of its own."""
-    owner, host = source.handle.split("/")[0], source.host
-    try:
-        problem = explain(error, source)
-    except Exception:  # it raises what it does not know
-        problem = AccessError("unknown", "")
-    if isinstance(
-        error, requests.ConnectionError | requests.Timeout
-    ):  # also after an answer such as "no such model"
-        problem = AccessError("network", "")
-    if isinstance(error, json.JSONDecodeError):
-        problem = AccessError(
-            "server",
-            f"{host} answers with a page. Is there a login to this network? Run this again.",
-        )
-    said = re.sub(
-        r"\?\S+", "", " ".join(hide(str(error)).split())
-    )  # an address without its signature
-    sentences = {
-        "consent": f"{host} does not let this machine's token write to {owner!r} (403). The owner is your own user "
-        "name there, or an organisation in which you may write; on the Hub the token needs the role write.",
-        "network": f"{host} cannot be reached, or stopped answering before all had arrived. Check the network (also a "
-        "proxy, a VPN, HF_HUB_OFFLINE), and run this again.",
-        "unknown": f"{host} did not take {source.handle!r}: {said[:300] or type(error).__name__}",
-    }
-    reason = {"damaged": "network", "disk": "unknown"}.get(problem.reason, problem.reason)
-    return AccessError(
-        reason, sentences.get(reason) or str(problem).partition(" Without any of this")[0]
+def _explain(error: Exception, source: Source, place: str | None) -> AccessError:
+    """Say what an error means, as for a download, or in the words of an upload."""
+    problem = access_error(error, source, place)
+    reason = problem.reason if problem else "unknown"
+    # After an answer such as "no such model" the network can still break off.
+    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        reason = "network"
+    reason = {"damaged": "network", "disk": "unknown"}.get(reason, reason)
+    if reason not in _SENTENCES:
+        return AccessError(reason, str(problem).partition(" Without any of this")[0])
+    # Without the signature of an address.
+    said = re.sub(r"\?\S+", "", " ".join(hide(str(error)).split()))[:300]
+    sentence = _SENTENCES[reason].format(
+        host=source.host,
+        owner=source.handle.split("/")[0],
+        handle=source.handle,
+        said=said or type(error).__name__,
     )
+    return AccessError(reason, sentence)

@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections import namedtuple
-from pathlib import Path
 
 import datasets
 import pytest
@@ -12,9 +11,7 @@ from hub_server import HANG, HANG_UP, RESET
 from kaggle_server import KaggleServer, serving
 
 import gemma_lora as gl
-from gemma_lora import checks as preflight
-from gemma_lora import memory
-from gemma_lora.access import kaggle as credentials
+from gemma_lora import checks, memory
 from gemma_lora.models import TINY_FOLDER
 from gemma_lora.records import DOLLY
 
@@ -22,17 +19,12 @@ PRESET = "gemma_2b_en"
 PAGE = "https://www.kaggle.com/models/keras/gemma"
 ADA, EVE, NOBODY = "KGAT_ada_secret", "KGAT_eve_secret", "KGAT_nobody_secret"
 CHECKS = ["packages", "device", "memory", "disk", "credentials", "licence", "data"]
-SECONDS: dict[
-    str, float
-] = {}  # situation -> seconds; with CHECK_SECONDS=FILE in the environment they go to FILE
 
 
-@pytest.fixture(scope="module", autouse=True)
-def seconds():
-    yield
-    if "CHECK_SECONDS" in os.environ:
-        rows = [f"| {situation} | {seconds:.1f} |\n" for situation, seconds in SECONDS.items()]
-        Path(os.environ["CHECK_SECONDS"]).write_text("".join(rows))
+@pytest.fixture(autouse=True)
+def no_pip(monkeypatch):
+    """Leave out pip's own check, which takes a second; one test asks it."""
+    monkeypatch.setattr(checks, "_pip_check", lambda: "")
 
 
 @pytest.fixture
@@ -62,20 +54,14 @@ def kaggle(data, tmp_path, monkeypatch):
 @pytest.fixture
 def room(monkeypatch):
     """A machine on which the preset fits, whatever this one is."""
-    monkeypatch.setattr(preflight, "_memory", lambda preset: (True, "enough", ""))
-    monkeypatch.setattr(preflight, "_disk", lambda source, local: (True, "enough", ""))
+    monkeypatch.setattr(checks, "_memory", lambda preset: checks.Answer(True, "enough"))
+    monkeypatch.setattr(checks, "_disk", lambda source, local: checks.Answer(True, "enough"))
 
 
 @pytest.fixture
 def hurry(monkeypatch):
-    """As if all had passed ten times as quickly; two tests wait as long as a person would."""
-    monkeypatch.setattr(preflight, "_SECONDS", 1.2)
-    monkeypatch.setattr(
-        preflight, "timeouts", lambda connect, read: credentials_timeouts(connect / 10, read / 10)
-    )
-
-
-credentials_timeouts = credentials.timeouts
+    """Give the network half a second."""
+    monkeypatch.setattr(checks, "_SECONDS", 0.6)
 
 
 def sign_in(token: str | None):
@@ -84,11 +70,8 @@ def sign_in(token: str | None):
         os.environ["KAGGLE_API_TOKEN"] = token
 
 
-def checked(situation: str, preset=PRESET, limit: float = 5) -> preflight.Check:
-    start = time.monotonic()
+def checked(preset=PRESET) -> checks.Check:
     found = gl.check(preset)
-    SECONDS[situation] = time.monotonic() - start
-    assert SECONDS[situation] < limit
     assert [row["check"] for row in found.rows] == CHECKS
     assert all(set(row) == {"check", "ok", "found", "fix"} for row in found.rows)
     assert all(row["fix"] for row in found.rows if row["ok"] is False), found
@@ -102,7 +85,7 @@ def checked(situation: str, preset=PRESET, limit: float = 5) -> preflight.Check:
 
 
 def test_where_all_is_well_all_is_green_and_the_user_is_named(kaggle, room):
-    found = checked("all is well")
+    found = checked()
     assert found.ok, found
     assert [row["check"] for row in found.rows if row["ok"] is not True] == []
     assert (
@@ -114,13 +97,13 @@ def test_where_all_is_well_all_is_green_and_the_user_is_named(kaggle, room):
 
 
 def test_the_smallest_file_is_all_that_is_fetched(kaggle):
-    checked("all is well")
+    checked()
     assert {what.rpartition("/")[2] for what, _ in kaggle.requests} == {"config.json", "Hello"}
 
 
 def test_the_small_model_asks_nobody(kaggle, data):
     kaggle.failing, data.failing = {"": 500}, {"": 500}
-    found = checked("tiny_gemma_en", "tiny_gemma_en")
+    found = checked()
     assert found.ok and not kaggle.requests
     assert (
         found["credentials"]["ok"] is None and "part of this package" in found["licence"]["found"]
@@ -129,7 +112,7 @@ def test_the_small_model_asks_nobody(kaggle, data):
 
 def test_a_folder_asks_kaggle_nothing(kaggle, room, tmp_path):
     shutil.copytree(TINY_FOLDER, tmp_path / "mine")
-    found = checked("a folder", tmp_path / "mine")
+    found = checked(tmp_path / "mine")
     assert found.ok and not kaggle.requests
     assert "is a folder" in found["licence"]["found"]
 
@@ -159,11 +142,11 @@ def test_what_is_neither_preset_nor_folder_is_a_value_error(kaggle, name):
     ids=["401", "403", "no credentials", "404", "429", "503", "reset", "closed"],
 )
 def test_refusals_are_told_apart_and_each_has_its_fix(
-    kaggle, request, token, failing, credentials, licence, words
+    kaggle, token, failing, credentials, licence, words
 ):
     sign_in(token)
     kaggle.failing = failing
-    found = checked(request.node.callspec.id)
+    found = checked()
     assert not found.ok
     assert (found["credentials"]["ok"], found["licence"]["ok"]) == (credentials, licence), found
     fixes = found["credentials"]["fix"] + found["licence"]["fix"]
@@ -174,17 +157,17 @@ def test_refusals_are_told_apart_and_each_has_its_fix(
     ("token", "word"), [(NOBODY, "does not accept"), (EVE, "eve has not accepted")]
 )
 def test_a_config_in_the_cache_does_not_hide_that_kaggle_refuses(kaggle, token, word):
-    assert checked("first")["licence"]["ok"]
+    assert checked()["licence"]["ok"]
     sign_in(token)
-    found = checked("config.json cached, then refused")
+    found = checked()
     assert not found.ok
     assert word in found["credentials"]["fix"] + found["licence"]["fix"]
 
 
 def test_a_config_in_the_cache_does_not_hide_that_there_is_no_network(kaggle):
-    assert checked("first")["licence"]["ok"]
+    assert checked()["licence"]["ok"]
     kaggle.stop()
-    assert checked("config.json cached, then no network", limit=20)["licence"]["ok"] is False
+    assert checked()["licence"]["ok"] is False
 
 
 @pytest.mark.parametrize("fault", ["stopped", 401, 503])
@@ -193,13 +176,13 @@ def test_a_preset_that_is_here_whole_needs_nobody(kaggle, room, fault):
     kaggle.failing = {"": fault}
     if fault == "stopped":
         kaggle.stop()
-    found = checked("all cached, then no Kaggle", limit=20)
+    found = checked()
     assert found.ok and found["licence"]["ok"], found
 
 
 def test_a_token_that_no_header_can_carry_is_said(kaggle):
     sign_in("two words")
-    found = checked("a token with a space")
+    found = checked()
     assert found["credentials"]["ok"] is False and "space" in found["credentials"]["found"]
     assert "two words" not in str(found)
 
@@ -207,46 +190,51 @@ def test_a_token_that_no_header_can_carry_is_said(kaggle):
 # Nobody answers
 
 
-def test_a_kaggle_that_hangs_takes_less_than_20_seconds(kaggle):
-    kaggle.failing = {"": HANG}
-    found = checked("Kaggle hangs", limit=20)
-    assert found["licence"]["ok"] is False
-    kaggle.failing = {}
-    assert checked("after a hang")["licence"]["ok"]
-
-
 def test_a_kaggle_that_hangs_is_no_answer_in_time(kaggle, hurry):
     kaggle.failing = {"/config.json": HANG}
-    found = checked("Kaggle hangs (a tenth of the time)")
+    found = checked()
     assert found["licence"]["ok"] is False and "did not answer in time" in found["licence"]["fix"]
+    kaggle.failing = {}
+    assert checked()["licence"]["ok"]
 
 
-def test_no_network_at_all_takes_less_than_20_seconds(kaggle, data):
+def test_no_network_at_all_is_named(kaggle, data):
     kaggle.stop()
     data.stop()
-    found = checked("no network", limit=20)
+    found = checked()
     assert "cannot be reached" in found["licence"]["fix"]
     assert found["data"]["ok"] is False and "load_tiny_world" in found["data"]["fix"]
 
 
-def test_all_that_hangs_takes_less_than_20_seconds(kaggle, data):
+def test_all_that_hangs_takes_no_longer_than_the_network_may(kaggle, data, hurry):
     kaggle.failing, data.failing = {"": HANG}, {"": HANG}
-    found = checked("all hang", limit=20)
+    start = time.monotonic()
+    found = checked()
+    assert time.monotonic() - start < 0.6 + 2
     assert found["licence"]["ok"] is False and found["data"]["ok"] is False
+    kaggle.release()
+    data.release()
+
+
+def test_an_answer_that_comes_too_late_is_said(kaggle, hurry, monkeypatch):
+    monkeypatch.setattr(checks, "_ask_for_config", lambda source: None)
+    monkeypatch.setattr(checks, "whose", lambda: time.sleep(5))
+    found = checked()
+    assert "no answer within" in found["licence"]["found"]
 
 
 # The data
 
 
 def test_dolly_is_reachable_cached_or_neither(kaggle, data, tmp_path):
-    assert "can be fetched" in checked("Dolly reachable")["data"]["found"]
+    assert "can be fetched" in checked()["data"]["found"]
     data.failing = {"": 503}
-    found = checked("Dolly: 503")["data"]
+    found = checked()["data"]
     assert found["ok"] is False and "load_records" in found["fix"]
     arrow = tmp_path / "datasets" / DOLLY.replace("/", "___") / "default/0.0.0/x/dolly-train.arrow"
     arrow.parent.mkdir(parents=True)
     arrow.write_bytes(b"")
-    assert "is cached" in checked("Dolly cached")["data"]["found"]
+    assert "is cached" in checked()["data"]["found"]
 
 
 # This machine
@@ -254,56 +242,74 @@ def test_dolly_is_reachable_cached_or_neither(kaggle, data, tmp_path):
 
 def test_too_little_memory_says_what_fits(kaggle, monkeypatch):
     monkeypatch.setattr(memory, "this_machine", lambda: ("small", 8 * 2**30))
-    found = checked("memory too small")["memory"]
+    found = checked()["memory"]
     assert found["ok"] is False and "dtype" in found["fix"]
     monkeypatch.setattr(memory, "this_machine", lambda: ("large", 2**37))
-    assert checked("memory large enough")["memory"]["ok"] is True
+    assert checked()["memory"]["ok"] is True
 
 
 def test_too_full_a_disk_says_what_the_download_takes(kaggle, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2**40, 2**40 - 2**30, 2**30))
-    found = checked("disk full")["disk"]
+    found = checked()["disk"]
     assert found["ok"] is False
     assert (
         "1.0 GiB free" in found["found"]
         and "4.7" in found["found"]
         and "KAGGLEHUB_CACHE" in found["fix"]
     )
-    assert checked("tiny, disk full", "tiny_gemma_en")["disk"]["ok"] is not None
+    assert checked()["disk"]["ok"] is not None
 
 
 @pytest.mark.parametrize(
-    ("versions", "words", "fix"),
+    ("line", "words", "fix"),
     [
-        ({"keras": "3.5.0"}, "keras", "pip install"),
         (
-            {"jax-cuda12-plugin": "0.4.0"},
-            "jax-cuda12-plugin 0.4.0 beside jaxlib",
-            'pip install -U "jax[cuda12]"',
+            "keras-hub 0.32.0 has requirement keras>=3.13, but you have keras 3.5.0.",
+            "but you have keras 3.5.0",
+            'pip install "keras>=3.13"',
         ),
-        ({"keras-nlp": "0.1.0"}, "keras-nlp 0.1.0 beside keras-hub", "keras-nlp=="),
-        ({"kagglehub": "1.0.1"}, "kagglehub", '"kagglehub!=1.0.1'),
+        (
+            "keras-nlp 0.1.0 has requirement keras-hub==0.1.0, but you have keras-hub 0.32.0.",
+            "keras-nlp 0.1.0",
+            '"keras-hub==0.1.0"',
+        ),
+        (
+            "gemma-lora 0.1.0 has requirement kagglehub!=1.0.1, but you have kagglehub 1.0.1.",
+            "kagglehub 1.0.1",
+            '"kagglehub!=1.0.1"',
+        ),
+        (
+            "kagglehub 1.0.2 requires kagglesdk, which is not installed.",
+            "kagglesdk, which is not installed",
+            '"kagglesdk"',
+        ),
     ],
 )
-def test_versions_that_do_not_go_together_are_named_with_the_command(
-    kaggle, monkeypatch, versions, words, fix
-):
-    real = preflight.version
-    monkeypatch.setattr(
-        preflight, "version", lambda package: versions.get(package) or real(package)
-    )
-    found = checked(f"{versions}", "tiny_gemma_en")["packages"]
+def test_versions_that_do_not_go_together_are_named_with_the_command(monkeypatch, line, words, fix):
+    other = "notebook 7.0 has requirement tornado>=6.2, but you have tornado 5.0."
+    text = "keras-hub 0.32.0 requires tensorflow-text, which is not installed."
+    monkeypatch.setattr(checks, "_pip_check", lambda: f"{other}\n{line}\n{text}\n")
+    found = checked("tiny_gemma_en")["packages"]
     assert found["ok"] is False and words in found["found"] and fix in found["fix"], found
+    assert "tornado" not in str(found) and "tensorflow" not in str(found)
 
 
-def test_what_is_installed_here_goes_together():
+def test_a_plugin_of_another_jaxlib_is_named(monkeypatch):
+    real = checks.version
+    versions = {"jax-cuda12-plugin": "0.4.0"}
+    monkeypatch.setattr(checks, "version", lambda package: versions.get(package) or real(package))
+    found = checked("tiny_gemma_en")["packages"]
+    assert found["ok"] is False and "jax-cuda12-plugin 0.4.0 beside jaxlib" in found["found"]
+    assert found["fix"].startswith('pip install -U "jax[cuda12]"')
+
+
+def test_what_is_installed_here_goes_together(monkeypatch):
+    monkeypatch.undo()
     found = gl.check("tiny_gemma_en")["packages"]
     assert found["ok"], found
-    assert all(
-        name in found["found"]
-        for name in ("keras ", "keras-hub ", "jax ", "kagglehub ", "datasets ")
-    )
+    for name in ("keras ", "keras-hub ", "jax ", "kagglehub ", "datasets "):
+        assert name in found["found"]
 
 
 # How it shows
@@ -311,7 +317,7 @@ def test_what_is_installed_here_goes_together():
 
 def test_a_terminal_shows_marks_and_a_notebook_colours(kaggle):
     sign_in(EVE)
-    found = checked("eve")
+    found = checked()
     text, page = str(found), found._repr_html_()
     assert "✓" in text and "✗" in text and "–" not in text.splitlines()[0]
     assert (
@@ -322,13 +328,13 @@ def test_a_terminal_shows_marks_and_a_notebook_colours(kaggle):
 
 def test_what_stands_in_a_row_is_escaped():
     rows = [{"check": "licence", "ok": False, "found": "<script>&", "fix": "a > b"}]
-    page = preflight.Check("<b>", rows)._repr_html_()
+    page = checks.Check("<b>", rows)._repr_html_()
     assert "<script>" not in page and "&lt;script&gt;&amp;" in page and "a &gt; b" in page
     assert "&lt;b&gt;: 1 of 1" in page
 
 
 def test_a_program_can_ask_for_one_check(kaggle):
-    found = checked("as data")
+    found = checked()
     assert found["licence"] is next(row for row in found.rows if row["check"] == "licence")
     with pytest.raises(KeyError):
         found["nothing"]
