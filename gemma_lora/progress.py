@@ -10,10 +10,14 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from gemma_lora.batches import Batches
 
-BASE, TUNED, CUT = "#9aa5b1", "#1a73e8", "#d93025"
+BASE = "#9aa5b1"
+TUNED = "#1a73e8"
+CUT = "#d93025"
+INK = "#767b82"  # as legible on white as on near-black
 _PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}  # seconds from one line to the next
 
 
@@ -232,8 +236,23 @@ def plot_losses(
     return finished(figure, axes, "Loss per real token")
 
 
-def finished(figure: Figure, axes, title: str) -> Figure:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)  # the notebook shows what a cell returns; left open, it would show twice
+def finished(figure: Figure, axes=None, title: str = "") -> Figure:
+    """Give a figure the look that all share, and close it.
+
+    A figure has no background of its own, and its ink is a mid grey: it suits light and dark
+    pages. A notebook shows what a cell returns; a figure left open would show twice.
+    """
+    if axes is not None:
+        axes.set_title(title, loc="left", fontsize=11)
+    figure.set_facecolor("none")
+    for each in figure.axes:
+        each.set_facecolor("none")
+        each.spines[["top", "right"]].set_visible(False)
+        each.spines[["bottom", "left"]].set_color(INK)
+        each.tick_params(colors=INK)
+    for text in figure.findobj(Text):
+        # What has a colour of its own, such as the name of a device, keeps it.
+        if text.get_color() == plt.rcParams["text.color"]:
+            text.set_color(INK)
+    plt.close(figure)
     return figure
