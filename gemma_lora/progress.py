@@ -239,17 +239,17 @@ def plot_losses(
 def finished(figure: Figure, axes=None, title: str = "") -> Figure:
     """Give a figure the look that all share, and close it.
 
-    A figure has no background of its own, and its ink is a mid grey: it suits light and dark
-    pages. A notebook shows what a cell returns; a figure left open would show twice.
+    A figure has no background, and its ink is a mid grey, so it suits light and dark
+    pages. A notebook shows the figure that a cell returns; left open, it would show twice.
     """
     if axes is not None:
         axes.set_title(title, loc="left", fontsize=11)
     figure.set_facecolor("none")
-    for each in figure.axes:
-        each.set_facecolor("none")
-        each.spines[["top", "right"]].set_visible(False)
-        each.spines[["bottom", "left"]].set_color(INK)
-        each.tick_params(colors=INK)
+    for panel in figure.axes:
+        panel.set_facecolor("none")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["bottom", "left"]].set_color(INK)
+        panel.tick_params(colors=INK)
     for text in figure.findobj(Text):
         # What has a colour of its own, such as the name of a device, keeps it.
         if text.get_color() == plt.rcParams["text.color"]:

@@ -1,7 +1,7 @@
 """The form of the committed notebooks, and which of their outputs are compared.
 
-nbval runs the cells and compares what they show with what is committed: text and tables,
-but neither pictures nor cells with the tag "nbval-ignore-output".
+nbval runs the cells and compares what they show with what is committed: text and
+tables, but neither pictures nor cells with the tag "nbval-ignore-output".
 """
 
 import ast
@@ -19,8 +19,8 @@ from notebooks import NOTEBOOKS, README_PICTURE, ROOT, picture
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 ACCOUNT = REPOSITORY.removeprefix("https://github.com/")
 
-# Why the output of a cell cannot be compared. Everything else is compared, rounded so that
-# all processors and supported versions agree.
+# Why the output of a cell cannot be compared. Everything else is compared, rounded so
+# that all processors and supported versions agree.
 REASONS = {
     "time": "shows seconds, or a rate, or a bar that moves",
     "machine": "shows the memory, disk, versions or credentials of this machine",
