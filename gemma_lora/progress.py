@@ -15,13 +15,19 @@ from collections.abc import Iterator, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from tqdm import tqdm
 
 from gemma_lora.batches import Batches
 from gemma_lora.loss import averages
 
-BASE, TUNED, CUT = "#9aa5b1", "#1a73e8", "#d93025"
-POINTS = 20  # of the loss curve, an epoch
+BASE = "#9aa5b1"
+TUNED = "#1a73e8"
+CUT = "#d93025"
+# As legible on white as on near-black.
+INK = "#767b82"
+# Of the loss curve, an epoch.
+POINTS = 20
 
 # Seconds from one update to the next.
 _PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}
@@ -270,12 +276,23 @@ def plot_losses(
     return finished(figure, axes, "Loss per real token")
 
 
-def finished(figure: Figure, axes, title: str) -> Figure:
-    """Give a figure its title and the package's look, and close it.
+def finished(figure: Figure, axes=None, title: str = "") -> Figure:
+    """Give a figure the look that all share, and close it.
 
-    A notebook shows the figure that a cell returns. Left open, it would show twice.
+    A figure has no background, and its ink is a mid grey, so it suits light and dark
+    pages. A notebook shows the figure that a cell returns; an open one would show twice.
     """
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
+    if axes is not None:
+        axes.set_title(title, loc="left", fontsize=11)
+    figure.set_facecolor("none")
+    for panel in figure.axes:
+        panel.set_facecolor("none")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["bottom", "left"]].set_color(INK)
+        panel.tick_params(colors=INK)
+    for text in figure.findobj(Text):
+        # What has a colour of its own, such as the name of a device, keeps it.
+        if text.get_color() == plt.rcParams["text.color"]:
+            text.set_color(INK)
     plt.close(figure)
     return figure

@@ -1,4 +1,4 @@
-"""Write the public repository's address wherever it is copied: `make set-repo REPO=owner/name`.
+"""Write the repository's public address wherever it is needed: `make set-repo`.
 
 python tests/set_repo.py owner/name
 
@@ -12,7 +12,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# GitHub's rules: an owner is words of letters and digits joined by single hyphens; a name does not end in ".git".
+# GitHub's rules: an owner is words of letters and digits joined by single hyphens; a
+# name does not end in ".git".
 ADDRESS = re.compile(
     r"(?=.{1,39}/)[a-z\d]+(-[a-z\d]+)*/(?!\.{1,2}$)(?!.*\.git$)[\w.-]{1,100}",
     re.ASCII | re.IGNORECASE,
@@ -33,13 +34,16 @@ def repository(root: Path) -> str:
 
 
 def set_repo(new: str, root: Path = ROOT) -> list[Path]:
-    """Replace the address, and nothing else, in every text file of `root`; returns the files that changed."""
+    """Replace the address, and nothing else, in all text files; return what changed."""
     if not ADDRESS.fullmatch(new):
         raise ValueError(
-            f"REPO is owner/name, what follows github.com/ in the repository's address. Received: {new!r}"
+            "REPO is owner/name, what follows github.com/ in the repository's address. "
+            f"Received: {new!r}"
         )
-    # Only in addresses and set-up cells: elsewhere "owner/name" may be a file's path; and it may begin a longer name.
-    before, after = r"""github(?:\.com)?[/:]|REPOSITORY[^"\n]*\"""", r"(?!(?!\.git\b)\.?[\w-])"
+    # Only after "github": elsewhere "owner/name" may be the path of a file.
+    before = r"github(?:\.com)?[/:]"
+    # Only whole names: the same letters may begin a longer one. ".git" may follow.
+    after = r"(?!(?!\.git\b)\.?[\w-])"
     old = re.compile(f"({before}){re.escape(repository(root))}{after}")
     changed = {}
     for file in files(root):
@@ -49,7 +53,7 @@ def set_repo(new: str, root: Path = ROOT) -> list[Path]:
             continue
         if (replaced := old.sub(rf"\g<1>{new}", text)) != text:
             changed[file] = replaced
-    # pyproject.toml last: should this be interrupted, the same command can still find what is left.
+    # pyproject.toml last: after an interruption, the same command still finds the rest.
     for file in sorted(changed, key=lambda file: file == root / "pyproject.toml"):
         file.write_bytes(changed[file].encode())
     return [*changed]

@@ -1,8 +1,26 @@
+import matplotlib.colors
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 import gemma_lora as gl
 from gemma_lora.evaluation import Evaluation
+
+LIGHT_PAGE = "#ffffff"
+DARK_PAGE = "#111111"  # JupyterLab's
+
+
+def luminance(color) -> float:
+    """The relative luminance of a colour, as WCAG 2 defines it."""
+    channels = np.array(matplotlib.colors.to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(color, page) -> float:
+    """How well a colour stands out from a page: from 1, not at all, to 21."""
+    dark, light = sorted([luminance(color), luminance(page)])
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_figures_show_what_they_are_given():
@@ -46,7 +64,50 @@ def test_an_adapter_is_shown_to_scale(tiny_lora):
     assert len({(axes.get_xlim(), axes.get_ylim()) for axes in figure.axes}) == 1
 
 
-@pytest.mark.parametrize("family", ["gemma_many_kv", "gemma2", "gemma3"])
+def test_figures_can_be_read_on_light_and_dark_pages(tiny_lora):
+    before = Evaluation(1.0, 0.5, right={"open_qa": 0}, asked={"open_qa": 10})
+    after = Evaluation(0.5, 0.9, right={"open_qa": 9}, asked={"open_qa": 10})
+
+    class History:
+        history = {"loss": [2.0], "val_loss": [1.5]}  # noqa: RUF012
+
+    for figure in (
+        gl.plot_lengths([10, 20, 300], sequence_length=256),
+        gl.plot_history(History),
+        gl.plot_lora(tiny_lora),
+        gl.plot_before_after(before, after),
+        gl.plot_bars({"greedy": 0.06}),
+        gl.plot_memory(gl.memory_budget("gemma_2b_en", compile=False)),
+    ):
+        figure.draw_without_rendering()
+        assert figure.get_facecolor()[3] == 0
+        assert all(axes.get_facecolor()[3] == 0 for axes in figure.axes)
+        for text in figure.findobj(Text):
+            if text.get_text():
+                # 3 is what WCAG 2 asks of graphics and of large text.
+                assert contrast(text.get_color(), LIGHT_PAGE) >= 3, text
+                assert contrast(text.get_color(), DARK_PAGE) >= 3, text
+
+
+def test_the_memory_of_each_use_is_drawn_beside_the_devices():
+    budget = gl.memory_budget("gemma_2b_en", compile=False)
+    axes = gl.plot_memory(budget).axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[:2] == [
+        f"{budget.training / 2**30:.3g} GiB",
+        f"{budget.generation / 2**30:.3g} GiB",
+    ]
+    assert texts[2:] == ["T4", "L4"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma_many_kv",
+        pytest.param("gemma2", marks=pytest.mark.full),
+        pytest.param("gemma3", marks=pytest.mark.full),
+    ],
+)
 def test_adapters_of_all_layers_of_each_family_can_be_shown(random_model, family):
     model = random_model(family)
     gl.enable_lora(model, targets="all_linear")

@@ -56,7 +56,7 @@ def test_notebooks_stay_valid_and_as_nbformat_writes_them(tree):
         nbformat.validate(notebook)
         assert nbformat.writes(notebook) == path.read_text(encoding="utf-8").rstrip("\n")
         set_up = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
-        assert f'REPOSITORY, VERSION = "{NEW}"' in set_up
+        assert f"git+https://github.com/{NEW}@v" in set_up
         assert f"/github/{NEW}/blob/main/notebooks/{path.name}" in notebook.cells[0].source
 
 
