@@ -1,8 +1,8 @@
-"""Make each code cell of a notebook a test: it runs, and its output is what is committed.
+"""Make each code cell of a notebook a test: it runs, and its output is as committed.
 
-nbval runs and compares the cells; this plugin of pytest adds what our notebooks need. It is
-loaded by conftest.py at the root, so `pytest` finds the notebooks beside the other tests, and
-`pytest notebooks/04*` runs one of them.
+nbval runs and compares the cells; this plugin of pytest adds what our notebooks need.
+It is loaded by conftest.py at the root, so `pytest` finds the notebooks beside the
+other tests, and `pytest notebooks/04*` runs one of them.
 """
 
 import os
@@ -18,8 +18,8 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 class Notebook(IPyNbFile):
     """A notebook, run in a kernel and an empty folder of its own.
 
-    The folder makes notebooks independent: two can run at once, and none finds an adapter that
-    another one left under artifacts/.
+    The folder makes notebooks independent: two can run at once, and none finds an
+    adapter that another one left under artifacts/.
     """
 
     # The cell that raised. After it, the kernel's state is not what later cells expect.
@@ -57,8 +57,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Notebook |
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by file, largest first: notebooks, then the long test files.
 
-    Two workers take file after file from this list. When they reach its end, only short files
-    are left, so neither waits long for the other.
+    Two workers take file after file from this list. When they reach its end, only short
+    files are left, so neither waits long for the other.
     """
     sizes = {path: path.stat().st_size for path in {item.path for item in items}}
     items.sort(key=lambda item: (-sizes[item.path], item.path))
@@ -71,6 +71,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_exception_interact(node: pytest.Item, call: pytest.CallInfo) -> None:
-    """Remember a cell that raised. After one whose output only differs, the others still run."""
+    """Remember a cell that raised. One whose output only differs stops nothing."""
     if isinstance(node, IPyNbCell) and "outputs differ" not in str(call.excinfo.value):
         node.parent.broken = node.name

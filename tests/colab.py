@@ -1,9 +1,9 @@
-"""Check the project as Colab would run it: its Python, its versions, the set-up cell, tests, notebooks.
+"""Check the project on Colab's Python and versions: set-up cell, tests, notebooks.
 
 python tests/colab.py pip-freeze.txt
 
-Everything happens in a copy of the working tree. The copy has an address on GitHub, and git is
-told to find that address in the copy itself, so nothing is fetched or published.
+Everything happens in a copy of the working tree. The copy has an address on GitHub, and
+git is told to find that address in the copy itself, so nothing is fetched or published.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from set_repo import ROOT, files, set_repo
 VENV = ROOT / ".venv-colab"
 PYTHON = VENV / "bin/python"
 STAMP = VENV / ".stamp"
-# Packages that Colab has beside the project's dependencies, and that a kernel or the notebooks'
-# tests need.
+# Packages that Colab has beside the project's dependencies, and that a kernel or the
+# notebooks' tests need.
 BESIDE = ["pip", "setuptools", "tensorflow", "pandas", "ipykernel", "ipywidgets", "nbconvert"]
 TOOLS = ["hypothesis", "nbval", "pytest", "pytest-xdist"]
-# What another version of Keras, KerasHub or JAX can break. Faults of servers, credentials and
-# texts are the same everywhere, and tested by `make test`.
+# What another version of Keras, KerasHub or JAX can break. Faults of servers,
+# credentials and texts are the same everywhere, and tested by `make test`.
 TESTED = [
     "training", "lora", "merging", "sampling", "streaming", "loss", "batches", "checkpoints",
     "export", "private_surfaces",
 ]  # fmt: skip
-# A worker that crashes is not replaced: with --dist loadfile, pytest-xdist would wait for its
-# file forever. And pytest's last garbage collection is left out: on 8.4, xdist interrupts it,
-# which looks like an error.
+# A worker that crashes is not replaced: with --dist loadfile, pytest-xdist would wait
+# for its file forever. And pytest's last garbage collection is left out: on 8.4, xdist
+# interrupts it, which looks like an error.
 WORKERS = [
     "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0",
     "-p", "no:unraisableexception",
@@ -59,7 +59,7 @@ def stage(name: str):
 
 
 def run(*command, expect: bool = True, **options) -> str:
-    """Return a command's output. If it does not end as expected, end the script with that output."""
+    """Return a command's output; end the script if it does not end as expected."""
     done = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -74,7 +74,7 @@ def run(*command, expect: bool = True, **options) -> str:
 
 
 def cannot(reason: str) -> NoReturn:
-    """End the script: with an error in CI, which promises this check, with a remark elsewhere."""
+    """End the script: with an error in CI, with a remark elsewhere."""
     print(f"make test-colab: not checked. {reason}", file=sys.stderr)
     sys.exit(1 if os.environ.get("CI") else 0)
 
@@ -115,7 +115,7 @@ def normal(name: str) -> str:
 
 
 def build(python: str, colab: dict[str, str], constraints: Path) -> None:
-    """Make the environment: Colab's versions of what the project needs, without the project."""
+    """Make the environment: what the project needs, in Colab's versions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = [re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]]
     run(python, "-m", "venv", "--clear", VENV)
@@ -172,7 +172,7 @@ def check_unchanged(before: set[str], after: set[str], action: str) -> None:
 
 
 def check_set_up_cell(clone: Path, environment: dict[str, str], before: set[str]) -> set[str]:
-    """Run the notebooks' set-up cell without an address, then with one; return what is installed."""
+    """Run the set-up cell without an address and with one; return what is installed."""
     notebook = json.loads(min((clone / "notebooks").glob("*.ipynb")).read_text(encoding="utf-8"))
     first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     source = "".join(first["source"])
@@ -194,7 +194,7 @@ def check_set_up_cell(clone: Path, environment: dict[str, str], before: set[str]
 
 
 def run_tests(clone: Path) -> None:
-    """Run the tests and the notebooks in `clone`, with the project as the cell installed it."""
+    """Run tests and notebooks in `clone`, with the project as the cell installed it."""
     # The programs that JAX compiles are kept for the next run.
     compiled = ROOT / ".pytest_cache/jax"
     compiled.mkdir(parents=True, exist_ok=True)

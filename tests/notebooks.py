@@ -1,4 +1,4 @@
-"""Run the notebooks: `demo` shows the quickstart in a terminal, `save` executes all of them in place.
+"""Run the notebooks: `demo` shows one in a terminal, `save` executes all in place.
 
 python tests/notebooks.py demo|save
 
@@ -29,7 +29,8 @@ SHOWN = ("execute_result", "display_data", "update_display_data")
 class TerminalClient(NotebookClient):
     """Executes a notebook and shows its text as it comes, progress bars included."""
 
-    # Whether the cursor stands at the end of a progress bar, which the next one overwrites.
+    # Whether the cursor stands at the end of a progress bar, which the next one
+    # overwrites.
     on_bar = False
 
     def process_message(self, msg, cell, cell_index):
@@ -39,7 +40,8 @@ class TerminalClient(NotebookClient):
             print(content["text"], end="", flush=True)
         elif kind in SHOWN and "image/png" not in content["data"]:
             text = content["data"].get("text/plain", "")
-            # What can be updated later is a progress bar; its last line is the current state.
+            # What can be updated later is a progress bar; its last line is the current
+            # state.
             if content.get("transient"):
                 self.on_bar = True
                 print(f"\r\x1b[K{text.splitlines()[-1]}", end="", flush=True)
@@ -91,7 +93,7 @@ def announce(notebook: nbformat.NotebookNode, index: int) -> None:
 
 
 def page(notebook: nbformat.NotebookNode, name: str) -> Path:
-    """Write a page that needs nothing else: its pictures are inside, and it fetches nothing."""
+    """Write a page that needs nothing else: it holds its pictures."""
     notebook = copy.deepcopy(notebook)
     title = notebook.cells[0]
     # The badge of Colab is a remote picture.
@@ -138,7 +140,7 @@ def demo() -> int:
 
 
 def save() -> int:
-    """Execute every notebook in place, and write its page; the quickstart's picture is README's."""
+    """Execute every notebook in place, write its page, and save README's picture."""
     for path in NOTEBOOKS:
         start = time.monotonic()
         notebook = execute(path)

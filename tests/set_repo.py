@@ -1,6 +1,6 @@
-"""Write the public repository's address wherever it is copied: `make set-repo REPO=owner/name`.
+"""Write the public repository's address wherever it is repeated.
 
-python tests/set_repo.py owner/name
+make set-repo REPO=owner/name, or: python tests/set_repo.py owner/name
 
 pyproject.toml holds the address; the notebooks' badges and set-up cells repeat it.
 """
@@ -12,7 +12,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# GitHub's rules: an owner is words of letters and digits joined by single hyphens; a name does not end in ".git".
+# GitHub's rules: an owner is words of letters and digits, joined by single hyphens; a
+# name does not end in ".git".
 ADDRESS = re.compile(
     r"(?=.{1,39}/)[a-z\d]+(-[a-z\d]+)*/(?!\.{1,2}$)(?!.*\.git$)[\w.-]{1,100}",
     re.ASCII | re.IGNORECASE,
@@ -20,25 +21,38 @@ ADDRESS = re.compile(
 
 
 def files(root: Path) -> list[Path]:
-    """The files of a working tree that git tracks or would track."""
+    """List the files of a working tree that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [root / name for name in sorted(set(listed.split("\0"))) if (root / name).is_file()]
 
 
 def repository(root: Path) -> str:
-    """The address as pyproject.toml has it, "owner/name"."""
+    """Read the address from pyproject.toml, as "owner/name"."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"].removeprefix("https://github.com/")
 
 
 def set_repo(new: str, root: Path = ROOT) -> list[Path]:
-    """Replace the address, and nothing else, in every text file of `root`; returns the files that changed."""
+    """Replace the address, and nothing else, in every text file of `root`.
+
+    Args:
+        new: The new address, "owner/name".
+        root: A working tree.
+
+    Returns:
+        The files that changed.
+
+    Raises:
+        ValueError: GitHub would refuse this address.
+    """
     if not ADDRESS.fullmatch(new):
         raise ValueError(
-            f"REPO is owner/name, what follows github.com/ in the repository's address. Received: {new!r}"
+            "REPO is owner/name, as it follows github.com/ in the repository's address. "
+            f"Received: {new!r}"
         )
-    # Only in addresses and set-up cells: elsewhere "owner/name" may be a file's path; and it may begin a longer name.
+    # Only in addresses and set-up cells: elsewhere "owner/name" may be a file's path.
+    # And the old address may be the beginning of a longer name, which stays.
     before, after = r"""github(?:\.com)?[/:]|REPOSITORY[^"\n]*\"""", r"(?!(?!\.git\b)\.?[\w-])"
     old = re.compile(f"({before}){re.escape(repository(root))}{after}")
     changed = {}
@@ -49,7 +63,8 @@ def set_repo(new: str, root: Path = ROOT) -> list[Path]:
             continue
         if (replaced := old.sub(rf"\g<1>{new}", text)) != text:
             changed[file] = replaced
-    # pyproject.toml last: should this be interrupted, the same command can still find what is left.
+    # pyproject.toml last: if this is interrupted, the same command still finds the
+    # rest.
     for file in sorted(changed, key=lambda file: file == root / "pyproject.toml"):
         file.write_bytes(changed[file].encode())
     return [*changed]

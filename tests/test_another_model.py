@@ -1,8 +1,9 @@
-"""The notebooks on another model and on Dolly, as a learner runs them who changes PRESET.
+"""The notebooks on another model and on Dolly, as if a learner changed PRESET.
 
-The preset is a folder with the small model's weights under another name, so that nothing that
-is recommended for `tiny_gemma_en` applies. Dolly is served on loopback, with rows of the small
-world. The quickstart and the notebook that trains run in `make test`; `make test-full` runs all.
+The preset is a folder with the small model's weights under another name, so that
+nothing that is recommended for `tiny_gemma_en` applies. Dolly is served on loopback,
+with rows of the small world. The quickstart and the notebook that trains run in `make
+test`; `make test-full` runs all.
 """
 
 import json
@@ -59,7 +60,7 @@ def test_every_notebook_runs_on_another_model_and_on_dolly(path, folder, hub, mo
 
 @pytest.fixture
 def kaggle(folder, monkeypatch):
-    """Kaggle on loopback, with the small model as gemma_2b_en, and a home without credentials."""
+    """Kaggle on loopback, which has gemma_2b_en, and a home without credentials."""
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("GEMMA_LORA_PRESET", "gemma_2b_en")
     server = KaggleServer()

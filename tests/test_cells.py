@@ -1,4 +1,4 @@
-"""Does a notebook's test fail when it should? Notebooks that were written wrong say so."""
+"""Does a notebook's test fail when it should? Two that are wrong must say so."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it costs, its public names, its layout, its documentation."""
+"""The package as a whole: import, public names, layout, documentation."""
 
 import ast
 import importlib
@@ -57,7 +57,8 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
         _ = gl.enable_lore
 
 
-# Story order is reading order and import order: a module imports only from those above it.
+# Story order is reading order and import order: a module imports only from those above
+# it.
 STREET = [
     "runtime", "tables", "access.kaggle", "access.fetch", "records", "templates", "models",
     "tokens", "batches", "lora", "loss", "memory", "checks", "progress", "checkpoints",
@@ -81,8 +82,8 @@ def test_imports_point_down_the_street():
 
 
 def test_without_setup_keras_runs_on_jax(monkeypatch):
-    # Keras reads this variable once, when it is imported. To import it here would take ten
-    # seconds, so this process ends just before.
+    # Keras reads this variable once, when it is imported. To import it here would take
+    # ten seconds, so this process ends just before.
     code = """
 import os, sys
 

@@ -1,8 +1,8 @@
 """The private or undocumented names of other packages that the library touches exist.
 
-A new release of Keras, KerasHub, kagglehub or JAX may rename any of them without a word. Then
-this file fails, in one readable place, on every set of versions that we test. In the library,
-a comment `# private: ...` stands above each use.
+A new release of Keras, KerasHub, kagglehub or JAX may rename any of them without a
+word. Then this file fails, in one readable place, on every set of versions that we
+test. In the library, a comment `# private: ...` stands above each use.
 """
 
 import pkgutil
@@ -72,8 +72,8 @@ IN_PACKAGES = [
     "keras.StatelessScope.get_current_value",
     "keras.optimizers.Optimizer.stateless_apply",
 ]
-# Documented, in spite of the underscore: what IPython asks for, and methods of named tuples.
-# (`_value` goes with the old training.py.)
+# Documented, in spite of the underscore: what IPython asks for, and methods of named
+# tuples. (`_value` goes with the old training.py.)
 DOCUMENTED = {"_repr_html_", "_asdict", "_replace", "_value"}
 FAMILIES = ["gemma", "gemma2", "gemma3"]
 
