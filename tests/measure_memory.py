@@ -106,7 +106,7 @@ def measured(
     *,
     answering: bool,
 ) -> dict:
-    """Measure one row: the peak, and what the budget said, by count and by the compiler."""
+    """Measure one row: the peak, and the budget by count and by the compiler."""
     model = gl.load(name, dtype=dtype) if geometry is None else random_gemma(geometry, dtype)
     gl.enable_lora(model, rank=rank, targets=targets)
     size = {"prompts": rows} if answering else {"batch_size": rows}
@@ -164,7 +164,7 @@ def train(model, rows: int, length: int) -> int:
 
 
 def answer(model, rows: int, length: int) -> int:
-    """Return the peak of the second time that prompts are answered; the first compiles."""
+    """Return the peak of answering prompts a second time; the first compiles."""
     prompt = "river " * (length - 40)
     assert length - 64 < len(tokenizer_of(model).prompt(None, prompt)) + 2 <= length
     gl.generate(model, [prompt] * rows, template=None, max_new_tokens=2)
