@@ -106,16 +106,6 @@ def jupyterlab(path: Path):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         token = secrets.token_hex()
-        folders = {
-            "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-            "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data",
-            "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
-        }  # fmt: skip
-        environment = {
-            key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")
-        }
-        environment |= {key: str(home / name) for key, name in folders.items()}
-        environment["JUPYTER_TOKEN"] = token
         options = {
             "ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0,
             "ServerApp.root_dir": home / "notebooks", "ServerApp.allow_root": True,
@@ -134,7 +124,7 @@ def jupyterlab(path: Path):
             # ends its kernels.
             server = subprocess.Popen(
                 command,
-                env=environment,
+                env=environment_in(home, token),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -149,6 +139,21 @@ def jupyterlab(path: Path):
                 server.wait(20)
             except subprocess.TimeoutExpired:
                 server.kill()
+
+
+def environment_in(home: Path, token: str) -> dict[str, str]:
+    """Return the server's environment: nobody's settings, and no parameters of ours."""
+    folders = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
+    }  # fmt: skip
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GEMMA_LORA_")
+    }
+    environment |= {name: str(home / folder) for name, folder in folders.items()}
+    environment["JUPYTER_TOKEN"] = token
+    return environment
 
 
 def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
