@@ -1,14 +1,21 @@
-# `make` lists what there is. Every target makes its own .venv first, once, and again when
-# pyproject.toml or lock.txt changes: exact versions of everything, so that a clone made next year gets the same.
+# `make` alone lists the targets. Each one first makes the environment that it needs, .venv, and
+# makes it again when pyproject.toml or lock.txt changes. The lock holds exact versions of
+# everything, so a clone made next year gets the same environment.
 PYTHON ?= python3
 PRESET ?= tiny_gemma_en
 COLAB_FREEZE ?= ../shared/colab/pip-freeze-cpu-2026-08-19.txt
+# What `make test-newest` asks for beside the project, such as ALSO='keras-hub>=0.32'.
+ALSO ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint lock.txt
+# Two workers, which take file after file in the order of tests/cells.py. A worker that crashes
+# is not replaced: pytest-xdist would wait for its file forever.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+QUICK := $(WORKERS) -m "not full and not peers"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-peers test-colab lint notebooks bench lock set-repo test-browser
+.PHONY: help demo test test-full test-peers test-colab test-newest test-browser lint notebooks bench lock set-repo
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "%-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,17 +24,22 @@ demo: .venv/.dev  ## watch LoRA change what a Gemma does (two minutes; PRESET=ge
 	@GEMMA_LORA_PRESET="$(PRESET)" $(BIN)/python tests/notebooks.py demo
 
 test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what is committed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not full and not peers"
-	$(BIN)/python tests/notebooks.py test
+	$(BIN)/python -m pytest $(QUICK)
 
-test-full: .venv/.peers  ## the long counts: more seeds, more examples
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n 2 --dist loadfile
+test-full: .venv/.peers  ## everything: whole matrices, all notebooks on another model, more examples, more seeds
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(WORKERS)
 
 test-peers: .venv/.peers  ## the same results from Transformers and PEFT
-	$(BIN)/python -m pytest -m peers tests/peers
+	$(BIN)/python -m pytest -m "peers and not full" tests/peers
 
-test-colab:  ## the set-up cell, the tests and the notebooks on the versions that Colab has (Python 3.13)
+test-colab:  ## the set-up cell, the notebooks and the tests of training on Colab's versions (Python 3.13)
 	$(PYTHON) tests/colab.py "$(COLAB_FREEZE)"
+
+test-newest:  ## the tests of `make test` on the newest versions, without the lock, in .venv-newest
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --editable ".[dev]" $(if $(ALSO),"$(ALSO)")
+	.venv-newest/bin/pip freeze --exclude-editable | grep -iE "^(jax|kagglehub|keras|keras-hub|numpy|tensorflow)=="
+	.venv-newest/bin/python -m pytest $(QUICK)
 
 test-browser: .venv/.browser  ## run the notebooks in JupyterLab and Chromium, and photograph them, light and dark
 	$(BIN)/python tests/browser.py

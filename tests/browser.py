@@ -1,9 +1,10 @@
-"""Run the notebooks as a learner does, in JupyterLab and a browser, and photograph them in a light and a dark theme.
+"""Run the notebooks in JupyterLab and a browser, and photograph them, light and dark.
 
 python tests/browser.py [part of a notebook's name ...]
 
-Fails if a cell fails, a picture does not show or a table is cut off. Whether the rest looks well, a person says who
-looks at the pictures, artifacts/browser/NAME-light-01.png and so on. Needs the extra `browser`, and Chromium.
+It fails if a cell fails, a picture does not show or a table is cut off. Whether the
+rest looks right, a person decides by looking at artifacts/browser/NAME-light-01.png and
+so on. It needs the extra `browser`, and Chromium.
 """
 
 import json
@@ -24,8 +25,10 @@ from pathlib import Path
 from notebooks import NOTEBOOKS, ROOT
 
 PICTURES = ROOT / "artifacts/browser"
-LIMIT = 600  # seconds a notebook may take
-OVERLAP = 60  # pixels that a page repeats of the one above, so that no line is lost between two
+# Seconds that a notebook may take.
+LIMIT = 600
+# Pixels that a page repeats of the one above, so that no line is lost between two.
+OVERLAP = 60
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 SETTINGS = {
     # Every cell is in the page, not only those in view, and nothing below the last.
@@ -33,21 +36,28 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 CHROMIUM = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
 
-READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+READY = """() => {
+    const context = window.jupyterapp?.shell.currentWidget?.sessionContext;
+    return context?.session?.kernel?.status === 'idle';
+}"""
 RUN = """async () => {
     const {commands, shell} = jupyterapp;
-    // Run-all ends at the first error, even one that was expected; an empty request ends when the kernel is through.
-    const through = () => shell.currentWidget.sessionContext.session.kernel.requestExecute({code: ''}).done;
+    // Run-all ends at the first error, even at one that is expected. The kernel answers an
+    // empty request when it has run all cells before.
+    const kernel = shell.currentWidget.sessionContext.session.kernel;
+    const through = () => kernel.requestExecute({code: ''}).done;
     await commands.execute('application:toggle-left-area');
     await commands.execute('notebook:clear-all-cell-outputs');
     window.ended = false;
     commands.execute('notebook:run-all-cells').finally(through).finally(() => window.ended = true);
 }"""
-CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.filter(cell => cell.model.type === 'code').map(cell => {
+CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.filter(
+    cell => cell.model.type === 'code'
+).map(cell => {
     const {source, execution_count, outputs, metadata} = cell.model.toJSON();
     const expected = metadata.tags?.includes('raises-exception');
     const errors = expected ? [] : outputs.filter(output => output.output_type === 'error');
@@ -63,19 +73,24 @@ PICTURES_LOADED = (
 FLAWS = """() => jupyterapp.shell.currentWidget.content.widgets.flatMap(({model, node}) => {
     const cell = `cell \\`${model.sharedModel.getSource().trim().split('\\n')[0]}\\``;
     const own = image => !/^https?:/.test(image.src) || image.src.startsWith(location.origin);
-    const empty = [...node.querySelectorAll('img')].filter(image => own(image) && !image.naturalWidth);
+    const empty = [...node.querySelectorAll('img')].filter(
+        image => own(image) && !image.naturalWidth);
     const cut = [...node.querySelectorAll('.jp-OutputArea-output, .jp-MarkdownOutput')].filter(
         area => area.scrollWidth > area.clientWidth + 1);
+    const sizes = area => `${area.scrollWidth} pixels wide where ${area.clientWidth} show`;
     return [
         ...empty.map(image => `${cell}: a picture does not show: ${image.src.slice(0, 80)}`),
-        ...cut.map(area => `${cell}: cut off, ${area.scrollWidth} pixels wide where ${area.clientWidth} show`),
+        ...cut.map(area => `${cell}: cut off, ${sizes(area)}`),
     ];
 })"""
 
 
 @contextmanager
 def jupyterlab(path: Path):
-    """Serve a copy of a notebook's folder, without anybody's settings, and yield the address of the notebook."""
+    """Serve a copy of a notebook's folder, and yield the address of the notebook.
+
+    The server reads nobody's settings: it has empty folders of its own.
+    """
     with tempfile.TemporaryDirectory(
         prefix="gemma_lora_browser_", ignore_cleanup_errors=True
     ) as folder:
@@ -91,16 +106,6 @@ def jupyterlab(path: Path):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         token = secrets.token_hex()
-        folders = {
-            "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython",
-            "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-        }  # fmt: skip
-        environment = {
-            key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")
-        }
-        environment |= {key: str(home / name) for key, name in folders.items()} | {
-            "JUPYTER_TOKEN": token
-        }
         options = {
             "ServerApp.ip": "127.0.0.1", "ServerApp.port": port, "ServerApp.port_retries": 0,
             "ServerApp.root_dir": home / "notebooks", "ServerApp.allow_root": True,
@@ -115,10 +120,11 @@ def jupyterlab(path: Path):
         ]
         log = home / "log.txt"
         with log.open("w") as output:
-            # A session of its own: Ctrl-C is for us, and we end the server, which then ends its kernels.
+            # A session of its own: Ctrl-C is for us, and we end the server, which then
+            # ends its kernels.
             server = subprocess.Popen(
                 command,
-                env=environment,
+                env=environment_in(home, token),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -135,7 +141,23 @@ def jupyterlab(path: Path):
                 server.kill()
 
 
+def environment_in(home: Path, token: str) -> dict[str, str]:
+    """Return the server's environment: nobody's settings, and no parameters of ours."""
+    folders = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython",
+    }  # fmt: skip
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GEMMA_LORA_")
+    }
+    environment |= {name: str(home / folder) for name, folder in folders.items()}
+    environment["JUPYTER_TOKEN"] = token
+    return environment
+
+
 def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
+    """Wait until the server answers; raise RuntimeError if it does not in a minute."""
     end = time.monotonic() + 60
     while time.monotonic() < end and server.poll() is None:
         with socket.socket() as probe:
@@ -148,13 +170,16 @@ def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
 
 
 def run(page, name: str) -> tuple[int, list[str]]:
-    """Run all cells of the notebook that is open; return how many there are, and what went wrong."""
+    """Run all cells of the open notebook; return their number, and the faults."""
     page.wait_for_function(READY, timeout=120_000)
     page.evaluate(RUN)
-    start, shown = time.monotonic(), None
+    start = time.monotonic()
+    shown = None
     while True:
-        ended, cells = page.evaluate("window.ended"), page.evaluate(CELLS)
-        seconds, done = time.monotonic() - start, sum(cell["run"] for cell in cells)
+        ended = page.evaluate("window.ended")
+        cells = page.evaluate(CELLS)
+        seconds = time.monotonic() - start
+        done = sum(cell["run"] for cell in cells)
         if done != shown:
             print(f"{name}: {done} of {len(cells)} cells, {seconds:.0f} s", flush=True)
         if ended or seconds > LIMIT:
@@ -174,7 +199,7 @@ def run(page, name: str) -> tuple[int, list[str]]:
 
 
 def unfold(page) -> list[str]:
-    """Click on what is folded, as solutions are, and return what then shows no text."""
+    """Unfold what is folded, such as solutions; return what then shows no text."""
     faults = []
     for block in page.locator(".jp-MarkdownOutput details").all():
         summary = block.locator("summary").first
@@ -211,7 +236,8 @@ def photograph(page, name: str, theme: str) -> int:
 
 def visit(browser, path: Path) -> dict:
     """Run and photograph one notebook; return its line of the summary."""
-    start, name = time.monotonic(), path.stem
+    start = time.monotonic()
+    name = path.stem
     result = {"notebook": name, "cells": 0, "pictures": 0, "faults": []}
     for old in PICTURES.glob(f"{name}-*.png"):
         old.unlink()
@@ -219,7 +245,7 @@ def visit(browser, path: Path) -> dict:
     try:
         with jupyterlab(path) as address:
             page = context.new_page()
-            # The badge of Colab is a remote picture, which must not keep anybody waiting.
+            # The badge of Colab is a remote picture: nobody should wait for it.
             page.route(re.compile(r"https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
             page.goto(address)
             result["cells"], result["faults"] = run(page, name)
@@ -227,19 +253,23 @@ def visit(browser, path: Path) -> dict:
             result["faults"] += unfold(page)
             result["pictures"] += photograph(page, name, "dark")
             result["faults"] += page.evaluate(FLAWS)
-    except Exception as error:  # whatever it is, the other notebooks have their turn
+    # Whatever went wrong, the other notebooks have their turn.
+    except Exception as error:
         result["faults"].append(f"{type(error).__name__}: {error}")
     finally:
-        with suppress(Exception):  # Ctrl-C has ended the browser already
+        # Ctrl-C may have ended the browser already.
+        with suppress(Exception):
             context.close()
     return result | {"seconds": round(time.monotonic() - start)}
 
 
 def main(parts: list[str]) -> int:
+    """Visit the notebooks whose names hold a part; return 1 if one has a fault."""
     chosen = [path for path in NOTEBOOKS if not parts or any(part in path.stem for part in parts)]
     if not chosen:
         sys.exit(
-            f"No notebook is named like {' or '.join(parts)}. There are: {', '.join(p.stem for p in NOTEBOOKS)}"
+            f"No notebook is named like {' or '.join(parts)}. "
+            f"There are: {', '.join(path.stem for path in NOTEBOOKS)}"
         )
     chromium = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -247,17 +277,17 @@ def main(parts: list[str]) -> int:
     if chromium is None:
         sys.exit(
             "No chromium, chromium-browser or google-chrome on the PATH. "
-            "On Debian: apt-get install chromium; elsewhere install Chromium or Chrome, and try again."
+            "On Debian: apt-get install chromium; elsewhere install Chromium or Chrome."
         )
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
         sys.exit(
-            "Playwright is missing. `make test-browser` installs it, and so does: pip install -e '.[dev,browser]'"
+            "Playwright is missing. `make test-browser` installs it, and so does: "
+            "pip install -e '.[dev,browser]'"
         )
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # so that the server and the browser are ended
+    # An exit ends the server and the browser; the default would not.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     PICTURES.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)

@@ -1,4 +1,7 @@
-"""What has to be settled before the libraries under test are imported, because they read it once, at import."""
+"""Settle what the libraries under test read once, at import, and provide models.
+
+How notebooks become tests stands in tests/cells.py.
+"""
 
 import os
 import shutil
@@ -9,8 +12,9 @@ import hypothesis
 import pytest
 from hub_server import HubServer
 
-# One Hub and one cache for every process of the test run. All is overwritten, not only what is missing: a worker of
-# xdist inherits the environment of the process that started it.
+# One Hub and one cache for every process of the test run. Values that are there already
+# are overwritten: a worker of xdist inherits the environment of the process that
+# started it.
 HUB = HubServer()
 HUB.start()
 HF_HOME = tempfile.mkdtemp(prefix="gemma_lora_tests_")
@@ -26,8 +30,9 @@ os.environ.update(
     NO_PROXY="127.0.0.1",
     no_proxy="127.0.0.1",
     KERAS_BACKEND="jax",
-    # Tests compile much the same in many processes, and again in the next run: one cache for
-    # all of them. With a size limit JAX locks its files, so workers cannot read half a program.
+    # Tests compile much the same programs in many processes, and again in the next run:
+    # one cache serves them all. With a size limit JAX locks its files, so no worker
+    # reads half a program.
     JAX_COMPILATION_CACHE_DIR=str(Path(__file__).parents[1] / ".pytest_cache/jax"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3",
     JAX_COMPILATION_CACHE_MAX_SIZE=str(2**31),
@@ -36,6 +41,7 @@ os.environ.update(
 
 @pytest.fixture
 def hub():
+    """The Hub on loopback. After a test it is reachable again, and no request fails."""
     yield HUB
     HUB.failing.clear()
     HUB.start()
@@ -53,7 +59,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 @pytest.fixture(scope="session")
 def tiny_factory():
-    """Makes a fresh `tiny_gemma_en`."""
+    """A function that loads a fresh `tiny_gemma_en`."""
     import gemma_lora as gl
 
     gl.setup(seed=0)
@@ -62,13 +68,13 @@ def tiny_factory():
 
 @pytest.fixture(scope="module")
 def tiny(tiny_factory):
-    """The small model, without adapters; tests share it and leave it as it was."""
+    """The small model without adapters. Tests share it, and leave it as it was."""
     return tiny_factory()
 
 
 @pytest.fixture
 def tiny_lora(tiny_factory):
-    """A fresh small model with adapters that are still zero."""
+    """A fresh small model with adapters whose B is still zero."""
     import gemma_lora as gl
 
     model = tiny_factory()
@@ -78,7 +84,7 @@ def tiny_lora(tiny_factory):
 
 @pytest.fixture(scope="session")
 def tiny_tuned(tiny_factory):
-    """The small model after one epoch over its tuning set; tests only ask it."""
+    """The small model after one epoch over its tuning set. Tests only ask it."""
     import gemma_lora as gl
 
     model = tiny_factory()
@@ -89,6 +95,7 @@ def tiny_tuned(tiny_factory):
 
 @pytest.fixture(scope="session")
 def random_model(tiny_factory):
+    """A function that makes a small random model of a Gemma family."""
     from families import random_gemma
 
     return random_gemma

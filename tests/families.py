@@ -13,6 +13,7 @@ FAMILIES = ("gemma", "gemma_many_kv", "gemma2", "gemma3")
 
 
 def random_gemma(family: str, dtype: str = "float32", seed: int = 0, **options):
+    """Make a small model of a family in FAMILIES, its weights drawn from the seed."""
     keras.utils.clear_session(free_memory=False)
     vocabulary = VOCABULARY.read_bytes()
     shape = SHAPE | {
@@ -60,7 +61,7 @@ def random_gemma(family: str, dtype: str = "float32", seed: int = 0, **options):
 
 
 def randomize(weights, seed: int = 0) -> None:
-    """Draw every weight from the seed alone, whatever was drawn before."""
+    """Draw every weight from the seed alone, no matter what was drawn before."""
     for i, weight in enumerate(weights):
         if "seed" not in weight.path:
             weight.assign(keras.random.normal(weight.shape, stddev=0.1, seed=1000 * seed + i))

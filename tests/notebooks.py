@@ -1,6 +1,8 @@
-"""Run the notebooks: `demo` shows the quickstart in a terminal, `save` executes all in place, `test` compares them.
+"""Run the notebooks: `demo` shows one in a terminal, `save` executes all in place.
 
-python tests/notebooks.py demo|save|test
+python tests/notebooks.py demo|save
+
+That their outputs are what is committed, `pytest notebooks` checks: see tests/cells.py.
 """
 
 import base64
@@ -8,7 +10,6 @@ import copy
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,40 +23,62 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PAGES = ROOT / "artifacts"
 README_PICTURE = ROOT / "notebooks/images/before_after.png"
+SHOWN = ("execute_result", "display_data", "update_display_data")
 
 
 class TerminalClient(NotebookClient):
     """Executes a notebook and shows its text as it comes, progress bars included."""
 
-    moving = False  # whether the line at hand is a progress bar's
+    # Whether the cursor stands at the end of a progress bar, which the next one
+    # overwrites.
+    on_bar = False
 
     def process_message(self, msg, cell, cell_index):
-        content, kind = msg.get("content", {}), msg["msg_type"]
-        shown = (
-            kind in ("execute_result", "display_data", "update_display_data")
-            and "image/png" not in content["data"]
-        )
-        if self.moving and (kind == "stream" or (shown and not content.get("transient"))):
-            self.moving = print(flush=True)
+        kind, content = msg["msg_type"], msg.get("content", {})
         if kind == "stream":
+            self.leave_bar()
             print(content["text"], end="", flush=True)
-        elif shown and content.get("transient"):
-            self.moving = True
-            print(f"\r\x1b[K{content['data']['text/plain'].splitlines()[-1]}", end="", flush=True)
-        elif shown:
-            print(content["data"].get("text/plain", ""), flush=True)
+        elif kind in SHOWN and "image/png" not in content["data"]:
+            text = content["data"].get("text/plain", "")
+            # What can be updated later is a progress bar; its last line is the current
+            # state.
+            if content.get("transient"):
+                self.on_bar = True
+                print(f"\r\x1b[K{text.splitlines()[-1]}", end="", flush=True)
+            else:
+                self.leave_bar()
+                print(text, flush=True)
         return super().process_message(msg, cell, cell_index)
+
+    def leave_bar(self) -> None:
+        """Go on below a progress bar."""
+        if self.on_bar:
+            print(flush=True)
+        self.on_bar = False
 
 
 def execute(path: Path, client=NotebookClient, *, fresh: bool = True) -> nbformat.NotebookNode:
-    """Run a notebook from top to bottom in a kernel of its own; if `fresh`, without what earlier runs left."""
+    """Run a notebook from top to bottom, in a kernel of its own.
+
+    Args:
+        path: The notebook, which stays as it is.
+        client: The class that runs it.
+        fresh: Delete first what earlier runs left under artifacts/ beside the notebook.
+
+    Returns:
+        The notebook with its outputs.
+    """
     if fresh:
         shutil.rmtree(path.parent / "artifacts", ignore_errors=True)
     notebook = nbformat.read(path, as_version=4)
     runner = client(
-        notebook, timeout=3600, kernel_name="python3", coalesce_streams=True, record_timing=False,
+        notebook,
+        timeout=3600,
+        kernel_name="python3",
+        coalesce_streams=True,
+        record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
-    )  # fmt: skip
+    )
     if client is TerminalClient:
         runner.on_cell_execute = lambda cell, cell_index: announce(notebook, cell_index)
     runner.execute()
@@ -63,18 +86,18 @@ def execute(path: Path, client=NotebookClient, *, fresh: bool = True) -> nbforma
 
 
 def announce(notebook: nbformat.NotebookNode, index: int) -> None:
-    """Print the heading that stands above a cell, if this cell is the first below it."""
+    """Print the heading above a cell, if this cell is the first below it."""
     above = notebook.cells[index - 1]
     if above.cell_type == "markdown" and (heading := re.match(r"#+ (.*)", above.source)):
         print(f"\n\033[1m{heading[1]}\033[0m", flush=True)
 
 
 def page(notebook: nbformat.NotebookNode, name: str) -> Path:
-    """Write a page that needs nothing else: pictures inside, nothing fetched."""
+    """Write a page that needs nothing else: it holds its pictures."""
     notebook = copy.deepcopy(notebook)
-    notebook.cells[0].source = re.sub(
-        r"\n\[!\[Open in Colab.*\n", "", notebook.cells[0].source
-    )  # a remote picture
+    title = notebook.cells[0]
+    # The badge of Colab is a remote picture.
+    title.source = re.sub(r"\n\[!\[Open in Colab.*\n", "", title.source)
     exporter = HTMLExporter(
         embed_images=True, require_js_url="", jquery_url="", mathjax_url="", mermaid_js_url=""
     )
@@ -86,17 +109,23 @@ def page(notebook: nbformat.NotebookNode, name: str) -> Path:
 
 
 def picture(notebook: nbformat.NotebookNode) -> bytes:
-    """The last picture that a notebook shows."""
-    outputs = [
-        output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])
+    """Return the last picture that a notebook shows."""
+    pictures = [
+        output.data["image/png"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
     ]
-    return base64.b64decode([data["image/png"] for data in outputs if "image/png" in data][-1])
+    return base64.b64decode(pictures[-1])
 
 
 def demo() -> int:
+    """Run the quickstart in the terminal, and write its page."""
     start = time.monotonic()
-    if Path(preset := os.environ.get("GEMMA_LORA_PRESET", "")).is_dir():
-        os.environ["GEMMA_LORA_PRESET"] = str(Path(preset).absolute())  # the kernel runs elsewhere
+    preset = os.environ.get("GEMMA_LORA_PRESET", "tiny_gemma_en")
+    if preset and Path(preset).is_dir():
+        # The kernel runs in the notebook's folder, where a relative path leads nowhere.
+        os.environ["GEMMA_LORA_PRESET"] = str(Path(preset).absolute())
     try:
         notebook = execute(NOTEBOOKS[0], TerminalClient)
     except CellExecutionError as error:
@@ -105,12 +134,13 @@ def demo() -> int:
     except KeyboardInterrupt:
         print("\nThe demo was stopped. `make demo` starts it again.", file=sys.stderr)
         return 130
-    file = page(notebook, f"demo_{Path(os.environ.get('GEMMA_LORA_PRESET', 'tiny_gemma_en')).name}")
+    file = page(notebook, f"demo_{Path(preset).name}")
     print(f"\nDone in {time.monotonic() - start:.0f} s. With its pictures: {file}")
     return 0
 
 
 def save() -> int:
+    """Execute every notebook in place, write its page, and save README's picture."""
     for path in NOTEBOOKS:
         start = time.monotonic()
         notebook = execute(path)
@@ -126,28 +156,8 @@ def save() -> int:
     return 0
 
 
-def test() -> int:
-    shutil.rmtree(ROOT / "notebooks/artifacts", ignore_errors=True)
-    command = [
-        "-m",
-        "pytest",
-        "-x",
-        "--nbval",
-        "--nbval-current-env",
-        "--nbval-cell-timeout=900",
-        "-o",
-        "addopts=-q",
-    ]
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("GEMMA_LORA_")
-    }
-    return subprocess.run(
-        [sys.executable, *command, *map(str, NOTEBOOKS)], cwd=ROOT, env=environment, check=False
-    ).returncode
-
-
 if __name__ == "__main__":
-    commands = {"demo": demo, "save": save, "test": test}
+    commands = {"demo": demo, "save": save}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     sys.exit(commands[sys.argv[1]]())

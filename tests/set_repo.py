@@ -1,6 +1,6 @@
-"""Write the repository's public address wherever it is needed: `make set-repo`.
+"""Write the public repository's address wherever it is repeated.
 
-python tests/set_repo.py owner/name
+make set-repo REPO=owner/name, or: python tests/set_repo.py owner/name
 
 pyproject.toml holds the address; the notebooks' badges and set-up cells repeat it.
 """
@@ -21,23 +21,34 @@ ADDRESS = re.compile(
 
 
 def files(root: Path) -> list[Path]:
-    """The files of a working tree that git tracks or would track."""
+    """List the files of a working tree that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [root / name for name in sorted(set(listed.split("\0"))) if (root / name).is_file()]
 
 
 def repository(root: Path) -> str:
-    """The address as pyproject.toml has it, "owner/name"."""
+    """Read the address from pyproject.toml, as "owner/name"."""
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"].removeprefix("https://github.com/")
 
 
 def set_repo(new: str, root: Path = ROOT) -> list[Path]:
-    """Replace the address, and nothing else, in all text files; return what changed."""
+    """Replace the address, and nothing else, in every text file of `root`.
+
+    Args:
+        new: The new address, "owner/name".
+        root: A working tree.
+
+    Returns:
+        The files that changed.
+
+    Raises:
+        ValueError: GitHub would refuse this address.
+    """
     if not ADDRESS.fullmatch(new):
         raise ValueError(
-            "REPO is owner/name, what follows github.com/ in the repository's address. "
+            "REPO is owner/name, as it follows github.com/ in the repository's address. "
             f"Received: {new!r}"
         )
     # Only after "github": elsewhere "owner/name" may be the path of a file.
@@ -53,7 +64,8 @@ def set_repo(new: str, root: Path = ROOT) -> list[Path]:
             continue
         if (replaced := old.sub(rf"\g<1>{new}", text)) != text:
             changed[file] = replaced
-    # pyproject.toml last: after an interruption, the same command still finds the rest.
+    # pyproject.toml last: if this is interrupted, the same command still finds the
+    # rest.
     for file in sorted(changed, key=lambda file: file == root / "pyproject.toml"):
         file.write_bytes(changed[file].encode())
     return [*changed]

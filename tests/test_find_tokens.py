@@ -1,4 +1,7 @@
-"""Does `find_tokens` find what it should, and nothing else? No token stands in this file: they are put together."""
+"""Does `find_tokens` find tokens of each kind in each place, and nothing else?
+
+No token stands in this file: they are put together when it runs.
+"""
 
 import json
 import subprocess
@@ -28,11 +31,12 @@ TOKENS = {
     "a header in a dict": '{"Authorization": "' + "Basic " + WORD + '=="}',
 }
 HARMLESS = [
-    'os.environ["KAGGLE_API_TOKEN"] = "your token here"', 'KAGGLE_KEY = "..."', 'HF_TOKEN="your-token-here-please"',
-    "export KAGGLE_API_TOKEN=<your-token>", "KGAT_...", "hf_hub_download(repo)",
-    'KAGGLE_KEY = os.environ["KAGGLE_KEY"]',
-    'userdata.get("KAGGLE_API_TOKEN")', "the hf_transfer package", "sk-learn", "Authorization: Bearer TOKEN",
-    "name `KAGGLE_API_TOKEN`, value the token", "0" * 32, '{"username": "...", "key": "..."}', "3.14159265358979",
+    'os.environ["KAGGLE_API_TOKEN"] = "your token here"', 'KAGGLE_KEY = "..."',
+    'HF_TOKEN="your-token-here-please"', "export KAGGLE_API_TOKEN=<your-token>", "KGAT_...",
+    "hf_hub_download(repo)", 'KAGGLE_KEY = os.environ["KAGGLE_KEY"]',
+    'userdata.get("KAGGLE_API_TOKEN")', "the hf_transfer package", "sk-learn",
+    "Authorization: Bearer TOKEN", "name `KAGGLE_API_TOKEN`, value the token", "0" * 32,
+    '{"username": "...", "key": "..."}', "3.14159265358979",
     '("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY")', "http://127.0.0.1:8888/lab?token=...",
 ]  # fmt: skip
 
@@ -106,10 +110,13 @@ def test_each_kind_is_found_in_each_place_and_not_shown(tmp_path, place):
 
 
 def test_each_kind_is_found_in_a_text(tmp_path):
-    for kind, token in TOKENS.items():
-        (tmp_path / "text.md").write_text(f"one\ntwo\nthree {token}\n")
-        done = run(tmp_path / "text.md")
-        assert done.returncode == 1 and "text.md, line 3: " in done.stdout, kind
+    files = [tmp_path / f"{number:02}.md" for number in range(len(TOKENS))]
+    for file, token in zip(files, TOKENS.values(), strict=True):
+        file.write_text(f"one\ntwo\nthree {token}\n")
+    done = run(*files)
+    assert done.returncode == 1
+    for file, kind in zip(files, TOKENS, strict=True):
+        assert f"{file.name}, line 3: " in done.stdout, kind
 
 
 @pytest.mark.parametrize("place", [*PLACES, "text"])

@@ -1,3 +1,6 @@
+"""The package as a whole: import, public names, layout, documentation."""
+
+import ast
 import importlib
 import inspect
 import json
@@ -13,9 +16,11 @@ import pytest
 import gemma_lora as gl
 
 ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "gemma_lora").rglob("*.py"))
 
 
 def python(code: str, **environment) -> str:
+    """Run code in an interpreter of its own, and return everything that it prints."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -28,12 +33,15 @@ def python(code: str, **environment) -> str:
 
 
 def test_import_is_quick_and_imports_no_keras():
-    out = python(
-        "import sys, time; start = time.perf_counter(); import gemma_lora; seconds = time.perf_counter() - start\n"
-        "heavy = {'keras', 'keras_hub', 'jax', 'tensorflow', 'datasets', 'numpy'} & set(sys.modules)\n"
-        "import json; print(json.dumps([seconds, sorted(heavy), dir(gemma_lora)]))"
-    )
-    seconds, heavy, names = json.loads(out)
+    code = """
+import json, sys, time
+start = time.perf_counter()
+import gemma_lora
+seconds = time.perf_counter() - start
+heavy = {"keras", "keras_hub", "jax", "tensorflow", "datasets", "numpy"} & set(sys.modules)
+print(json.dumps([seconds, sorted(heavy), dir(gemma_lora)]))
+"""
+    seconds, heavy, names = json.loads(python(code))
     assert seconds < 0.3
     assert heavy == []
     assert set(gl.__all__) <= set(names)
@@ -49,7 +57,8 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
         _ = gl.enable_lore
 
 
-# Story order, which is reading order and import order. A module imports from those above it alone.
+# Story order is reading order and import order: a module imports only from those above
+# it.
 STREET = [
     "runtime", "tables", "access.kaggle", "access.fetch", "records", "templates", "models",
     "tokens", "batches", "lora", "loss", "memory", "checks", "progress", "checkpoints",
@@ -72,13 +81,24 @@ def test_imports_point_down_the_street():
         assert not set(imported) & set(STREET[i + 1 :]), name
 
 
-def test_without_setup_keras_runs_on_jax():
-    environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"}
-    code = "import gemma_lora as gl; gl.load; import keras; print(keras.config.backend())"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    assert result.stdout.strip() == "jax"
+def test_without_setup_keras_runs_on_jax(monkeypatch):
+    # Keras reads this variable once, when it is imported. To import it here would take
+    # ten seconds, so this process ends just before.
+    code = """
+import os, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "keras":
+            print("backend:", os.environ.get("KERAS_BACKEND"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder)
+import gemma_lora as gl
+gl.load
+"""
+    monkeypatch.delenv("KERAS_BACKEND")
+    assert "backend: jax" in python(code)
 
 
 def test_the_version_is_a_version():
@@ -92,6 +112,56 @@ def test_dependencies_stand_in_pyproject_alone():
         assert requirement.split(">")[0].split("!")[0] not in environment.replace("gemma-lora", "")
 
 
-def test_the_library_stays_thin():
-    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "gemma_lora").glob("*.py"))
-    assert lines <= 5450
+def public_definitions(tree: ast.Module):
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+
+
+# Until the rooms that are being rewritten have come back.
+@pytest.mark.xfail(strict=False)
+def test_every_module_and_every_public_function_has_a_docstring():
+    missing = []
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in [tree, *public_definitions(tree)]:
+            if not ast.get_docstring(node):
+                missing.append(f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'the module')}")
+    assert missing == []
+
+
+# Until the rooms that are being rewritten have come back.
+@pytest.mark.xfail(strict=False)
+def test_no_function_is_longer_than_70_lines():
+    """A guard against rooms that grow until nobody can read them; aim at 60."""
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 70:
+                    long.append(f"{path.relative_to(ROOT)}: {node.name}, {lines} lines")
+    assert long == []
+
+
+def test_every_public_function_says_what_it_returns():
+    functions = [getattr(gl, name) for name in gl.__all__ if inspect.isfunction(getattr(gl, name))]
+    silent = [
+        function.__name__
+        for function in functions
+        if inspect.signature(function).return_annotation is inspect.Signature.empty
+    ]
+    assert silent == []
+
+
+# Until the rooms that are being rewritten have come back.
+@pytest.mark.xfail(strict=False)
+def test_every_public_parameter_has_a_type():
+    missing = []
+    for name in gl.__all__:
+        if inspect.isfunction(function := getattr(gl, name)):
+            for parameter in inspect.signature(function).parameters.values():
+                # A model is one of KerasHub's, and its class says little to a reader.
+                if parameter.name != "model" and parameter.annotation is inspect.Parameter.empty:
+                    missing.append(f"{name}({parameter.name})")
+    assert missing == []

@@ -1,4 +1,4 @@
-"""What the README says of the small model, for several seeds. `make test` asks one seed, in the quickstart."""
+"""The README's claims about the small model, for several seeds."""
 
 import pytest
 from benchmarks.small_world import EXACT, VARIANTS, measure
