@@ -1,4 +1,9 @@
-"""Load a Gemma by name, and know what is recommended for it."""
+"""Load a Gemma by name, and know what is recommended for it.
+
+Here is everything that depends on *which* model it is: where its files are, its
+recommended settings, and what the library remembers of a model that is loaded.
+Downloads are in `access.fetch`; adapters are in `lora`.
+"""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -9,45 +14,68 @@ import keras
 import keras_hub
 
 from gemma_lora.access.fetch import fetch
-from gemma_lora.runtime import quiet, return_memory
+from gemma_lora.runtime import quiet, quiet_warnings, return_memory
 from gemma_lora.templates import Template
 
 TINY = "tiny_gemma_en"
-TINY_VOCABULARY = 2048  # no published Gemma has so few tokens
+# Tokens in the small model's vocabulary. No published Gemma has so few.
+TINY_VOCABULARY = 2048
 TINY_FOLDER = Path(__file__).parent / "tiny" / TINY
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the helpers use where nothing else is asked for. The defaults are the published recipe's."""
+    """What the helpers use where you ask for nothing else.
+
+    The defaults are the published recipe's.
+
+    Attributes:
+        template: Name of the template for prompts.
+        learning_rate: Of AdamW.
+        wide_learning_rate: The same where more than two kinds of layers have adapters.
+            None means that it does not differ.
+        weight_decay: Of AdamW.
+        batch_tokens: Tokens of a training step, padding included.
+        sequence_length: Most input tokens of a record.
+        max_new_tokens: Most tokens of an answer.
+        dtype: Keras dtype policy of the weights.
+        exact_answers: Whether answers can be right word for word.
+    """
 
     template: str = "recipe"
     learning_rate: float = 5e-5
-    wide_learning_rate: float | None = (
-        None  # where more than two kinds of layers have adapters, if it differs
-    )
+    wide_learning_rate: float | None = None
     weight_decay: float = 0.01
-    batch_tokens: int = 256  # of a step, padding included
+    batch_tokens: int = 256
     sequence_length: int = 256
     max_new_tokens: int = 256
     dtype: str = "float32"
-    exact_answers: bool = False  # whether answers can be right word for word
+    exact_answers: bool = False
 
 
-# Settings by model. The small model's were chosen on a fifth of its tuning subjects, not on the held-out ones.
-_SMALL = Settings(
-    learning_rate=5e-3,
-    wide_learning_rate=2e-3,
-    batch_tokens=224,
-    max_new_tokens=64,
-    exact_answers=True,
-)
-_SETTINGS = {TINY: _SMALL}
+# The settings that differ from the recipe's, by the last part of a preset's name. Those
+# of the small model were chosen on a fifth of its tuning subjects, not on the held-out
+# ones.
+_SETTINGS = {
+    TINY: Settings(
+        learning_rate=5e-3,
+        wide_learning_rate=2e-3,
+        batch_tokens=224,
+        max_new_tokens=64,
+        exact_answers=True,
+    )
+}
 
 
 @dataclass
 class Merge:
-    """What was merged: the summary of its adapters, its run, and the kernels from before, by layer, if kept."""
+    """What `merge` put into the kernels of a model, so that it can be taken out again.
+
+    Attributes:
+        lora: The summary of the adapters that were merged.
+        run: The record of their training run, or None.
+        kernels: The kernels from before, by layer; None if they were not kept.
+    """
 
     lora: Any
     run: dict | None
@@ -56,49 +84,104 @@ class Merge:
 
 @dataclass
 class State:
-    """What the library remembers of a model, as its attribute `gemma_lora`."""
+    """What the library remembers of a model, as its attribute `gemma_lora`.
+
+    Attributes:
+        preset: The name or folder that the model was loaded from.
+        settings: What is recommended for it; `recommended` reads them from here.
+        local: Whether the preset was a folder of this machine.
+        lora: The summary that `enable_lora` returned; None without adapters.
+        run: The record of the last training run: template, rows, settings, seed,
+            losses. `generate`, `compare` and `save_adapter` read it. None before any
+            run.
+        trainable: Layers and weights, and whether each trained before the adapters
+            came, so that `remove_adapter` can restore it. None without adapters.
+        merges: Each `Merge` into the kernels, the latest last.
+        tokenizer: The model's `tokens.Tokenizer`, once somebody needed it.
+        trainer: What `fit` compiled, so that a second `fit` need not compile it again.
+        samplers: What `generate` and `stream` compiled, for the same reason.
+    """
 
     preset: str
     settings: Settings
-    local: bool = False  # whether the preset was a folder of this machine
-    lora: Any = None  # the summary of enable_lora
-    run: dict | None = None  # the record of the last training run
-    trainable: list | None = (
-        None  # layers and weights, and whether they trained before the adapters came
-    )
-    merges: list = field(
-        default_factory=list
-    )  # of each `Merge` into the kernels, the last one last
+    local: bool = False
+    lora: Any = None
+    run: dict | None = None
+    trainable: list | None = None
+    merges: list[Merge] = field(default_factory=list)
     tokenizer: Any = None
     steps: dict = field(default_factory=dict)  # compiled, see `loss`
     samplers: dict = field(default_factory=dict)
 
 
-def recommended(model) -> Settings:
-    """The settings for a model, or for a preset's name: one table for all helpers.
+def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.models.CausalLM:
+    """Load a model and its tokenizer.
 
-    >>> recommended("tiny_gemma_en").learning_rate, recommended("gemma_2b_en").learning_rate
-    (0.005, 5e-05)
+    Args:
+        preset: "tiny_gemma_en", the small teaching model that is part of this package;
+            the name of a KerasHub preset such as "gemma_2b_en" or "gemma2_2b_en"; a
+            handle such as "kaggle://..." or "hf://..."; or a folder that holds a saved
+            preset.
+        dtype: "float32", "bfloat16" or another Keras dtype policy. None takes the one
+            that `recommended` names.
+
+    Returns:
+        A KerasHub model. Its attribute `gemma_lora` is what this library remembers of
+        it.
+
+    Raises:
+        ValueError: No preset or folder has that name.
+        RuntimeError: The preset could not be downloaded. The text says why (no
+            credentials, no consent to the licence, no such model, a server's fault, no
+            network, a full disk) and what to do; `reason` says it in one word.
+    """
+    name = str(preset)
+    settings = recommended(name)
+    folder = local_folder(name)
+    policy = keras.dtype_policies.get(dtype or settings.dtype)
+    model = from_preset(keras_hub.models.CausalLM, name, folder, dtype=policy)
+    model.gemma_lora = State(preset=name, settings=settings, local=folder is not None)
+    _restore_query_scale(model)
+    # Loading holds some weights twice for a while.
+    return_memory()
+    return model
+
+
+def recommended(model) -> Settings:
+    """Return the settings for a model or a preset's name: one table for all helpers.
+
+    >>> recommended("tiny_gemma_en").learning_rate
+    0.005
+    >>> recommended("gemma_2b_en").learning_rate
+    5e-05
     >>> recommended("gemma_instruct_2b_en").template
     'turns'
     """
-    if not isinstance(model, str):
-        state = state_of(model)
-        wide = state.lora and len(state.lora.targets) > 2 and state.settings.wide_learning_rate
-        return replace(state.settings, learning_rate=wide) if wide else state.settings
-    settings = _SETTINGS.get(Path(model).name, Settings())
-    return (
-        replace(settings, template="turns")
-        if re.search(r"instruct|[-_]it([-_/]|$)", model)
-        else settings
-    )
+    if isinstance(model, str):
+        settings = _SETTINGS.get(Path(model).name, Settings())
+        # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
+        if re.search(r"instruct|[-_]it([-_/]|$)", model):
+            return replace(settings, template="turns")
+        return settings
+    state = state_of(model)
+    wide_rate = state.settings.wide_learning_rate
+    if wide_rate and state.lora and len(state.lora.targets) > 2:
+        return replace(state.settings, learning_rate=wide_rate)
+    return state.settings
 
 
 def state_of(model) -> State:
-    """What the library remembers of a model; made anew for a model that it did not load itself."""
+    """Return what the library remembers of a model.
+
+    A model that `load` did not load gets a new `State` here, under its own name.
+
+    Raises:
+        TypeError: This is not a causal language model of KerasHub.
+    """
     if not isinstance(model, keras_hub.models.CausalLM):
         raise TypeError(
-            f"The model is a keras_hub causal language model, as gl.load() returns it. Received: {type(model).__name__}"
+            "The model must be a keras_hub causal language model, as gl.load() returns it. "
+            f"Received: {type(model).__name__}"
         )
     if not hasattr(model, "gemma_lora"):
         model.gemma_lora = State(preset=model.name, settings=recommended(model.name))
@@ -106,64 +189,66 @@ def state_of(model) -> State:
 
 
 def template_of(model) -> str | Template:
-    """The template of the model's training run, or the one recommended for it."""
+    """Return the template of the model's training run, or the recommended one."""
     state = state_of(model)
     return state.run["template"] if state.run else state.settings.template
 
 
-def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.models.CausalLM:
-    """Load a model and its tokenizer.
-
-    Args:
-        preset: "tiny_gemma_en", the small teaching model that is part of this package; the name of a KerasHub preset
-            such as "gemma_2b_en" or "gemma2_2b_en"; a handle such as "kaggle://..." or "hf://..."; or a folder that
-            holds a saved preset.
-        dtype: "float32", "bfloat16" or another Keras dtype policy. None takes what `recommended` says.
+def local_folder(preset: str | Path) -> Path | None:
+    """Return the folder that a preset is; None if it must be downloaded.
 
     Raises:
-        ValueError: There is no preset or folder of that name.
-        RuntimeError: The preset could not be fetched. The text says why (no credentials, no consent to the licence, no
-            such model, a server's fault, no network, a full disk) and what to do; `reason` says it in one word.
+        ValueError: It is neither: there is no such folder and no preset of that name.
+            Or the folder holds no preset.
     """
-    name = str(preset)
-    settings = recommended(name)
-    model = from_preset(
-        keras_hub.models.CausalLM, name, dtype=keras.dtype_policies.get(dtype or settings.dtype)
-    )
-    model.gemma_lora = State(preset=name, settings=settings, local=local_folder(preset) is not None)
-    for block in (
-        model.backbone.transformer_layers
-    ):  # what KerasHub forgets: Gemma 2 and 3 27B divide by another root
-        block.attention.query_head_dim_normalize = getattr(block, "query_head_dim_normalize", True)
-    return_memory()  # loading needs some weights twice for a while
-    return model
-
-
-def from_preset(kind: type, preset: str | Path, **options):
-    """Make a KerasHub object of a kind, such as `CausalLM`, from what `load` takes as `preset`; errors as there."""
-    folder = local_folder(preset)
-    if folder is None:
-        return fetch(str(preset), lambda source: kind.from_preset(source, **options))
-    with quiet():
-        return kind.from_preset(str(folder), **options)
-
-
-def local_folder(preset: str | Path) -> Path | None:
-    """The folder that `preset` is; None if it is to be fetched; a ValueError if it is neither."""
     name = str(preset)
     folder = TINY_FOLDER if name == TINY else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?"
+                f"The folder {folder} holds no preset: it has no config.json. "
+                "Was it saved completely?"
             )
         return folder
     known = keras_hub.models.CausalLM.presets
+    # A name with a slash is a handle. Only its site knows whether it exists.
     if name not in known and "/" not in name:
-        gemmas = ", ".join(
-            sorted(known_name for known_name in known if known_name.startswith("gemma"))
-        )
+        gemmas = sorted(preset for preset in known if preset.startswith("gemma"))
         raise ValueError(
-            f"No preset or folder is named {name!r}. There are: {TINY}, {gemmas}; see keras.io/keras_hub."
+            f"No preset or folder is named {name!r}. There are: {TINY}, {', '.join(gemmas)}; "
+            "see keras.io/keras_hub."
         )
     return None
+
+
+def from_preset(kind: type, preset: str | Path, folder: Path | None, **options):
+    """Make a KerasHub object, such as a `CausalLM` or a `Tokenizer`, from a preset.
+
+    Args:
+        kind: Its class.
+        preset: As in `load`.
+        folder: What `local_folder` said of the preset. None downloads it.
+        options: For the class's own `from_preset`.
+
+    Raises:
+        RuntimeError: As in `load`.
+    """
+    if folder is not None:
+        with quiet():
+            return kind.from_preset(str(folder), **options)
+    # Not `quiet`: that would hold back the progress of the download.
+    with quiet_warnings():
+        return fetch(str(preset), lambda source: kind.from_preset(source, **options))
+
+
+def _restore_query_scale(model) -> None:
+    """Set in each attention layer whether queries are divided by the head width's root.
+
+    Gemma 2 27B and Gemma 3 27B divide by another root. In KerasHub a decoder block is
+    told so, but always tells its attention layer True.
+    """
+    for block in model.backbone.transformer_layers:
+        # private: `query_head_dim_normalize` of Gemma's blocks and attention layers.
+        divides_by_head_width = getattr(block, "query_head_dim_normalize", True)
+        # private: the same attribute, which KerasHub does not mean to be set.
+        block.attention.query_head_dim_normalize = divides_by_head_width

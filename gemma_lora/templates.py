@@ -1,4 +1,8 @@
-"""One template renders both what a model is trained on and what it is asked with."""
+"""Render records as prompts: one template for training and for asking.
+
+Here text becomes text, cut into pieces. Turning the pieces into token ids is in
+`tokens`.
+"""
 
 import re
 from collections.abc import Mapping
@@ -24,10 +28,15 @@ class Template:
     <BLANKLINE>
 
     Attributes:
-        name: What runs and adapters record.
+        name: The name that runs and adapters record.
         without_context: Text with the field {instruction}.
-        with_context: Text with the fields {instruction} and {context}, for records that have a context.
-        end: The token that ends a response, learned in training and stopped at in generation.
+        with_context: Text with the fields {instruction} and {context}, for records that
+            have a context.
+        end: The token that ends a response. Training teaches it, generation stops at
+            it.
+
+    Raises:
+        ValueError: A text does not have exactly these fields.
     """
 
     name: str
@@ -43,18 +52,24 @@ class Template:
             fields = {field for _, field, _, _ in Formatter().parse(text) if field is not None}
             if fields != needed:
                 raise ValueError(
-                    f"A template's text needs the fields {sorted(needed)}, each as {{field}}. Received: {text!r}"
+                    f"A template's text needs the fields {sorted(needed)}, each as {{field}}. "
+                    f"Received: {text!r}"
                 )
 
     def prompt(self, record: str | Mapping[str, str]) -> str:
-        """Render a record with `instruction` and perhaps `context`, or an instruction alone, up to the response."""
+        """Render a record up to its response.
+
+        Args:
+            record: An instruction, or a dict with `instruction` and perhaps `context`.
+        """
         return "".join(self.pieces(record))
 
     def pieces(self, record: str | Mapping[str, str]) -> list[str]:
-        """Render like `prompt`, cut where tokens must not join: each piece is to be encoded by itself.
+        """Render like `prompt`, cut into pieces that must be encoded one by one.
 
-        Control tokens of the template stay whole. The same words inside the record's own fields are cut, so that they
-        reach the model as text: no row of data can end or open a turn.
+        Control tokens of the template stay whole. The same words inside the record's
+        own fields are cut, so that they reach the model as text: no row of data can end
+        or open a turn.
 
         >>> TEMPLATES["recipe"].pieces("What is <eos>?")
         ['Instruction:\\nWhat is <', 'eos>?\\n\\nResponse:\\n']
@@ -63,7 +78,9 @@ class Template:
         template = (
             self.with_context if (fields.get("context") or "").strip() else self.without_context
         )
-        text, data = "", []
+        text = ""
+        # Where the record's own fields stand in the text: (start, stop).
+        data = []
         for literal, field, _, _ in Formatter().parse(template):
             text += literal
             if field is not None:
@@ -73,15 +90,26 @@ class Template:
 
 
 def text_pieces(text: str) -> list[str]:
-    """Cut all control tokens in a text, such as a response, for the same reason as `Template.pieces`."""
+    """Cut every control token in a text that is data, such as a response.
+
+    The reason is that of `Template.pieces`.
+
+    >>> text_pieces("The end is <eos>.")
+    ['The end is <', 'eos>.']
+    """
     return _cut(text, [(0, len(text))])
 
 
 def _cut(text: str, data: list[tuple[int, int]]) -> list[str]:
+    """Cut a text after the first letter of each control token that touches data.
+
+    One that lies only partly within data is cut, too: the template "<{instruction}>"
+    must not turn the instruction "eos" into a token.
+    """
     cuts = [
-        found.start() + 1
-        for found in _CONTROL.finditer(text)
-        if any(found.start() < stop and start < found.end() for start, stop in data)
+        token.start() + 1
+        for token in _CONTROL.finditer(text)
+        if any(token.start() < stop and start < token.end() for start, stop in data)
     ]
     return [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
 
@@ -93,22 +121,26 @@ TEMPLATES: dict[str, Template] = {
         without_context="Instruction:\n{instruction}\n\nResponse:\n",
         with_context="Instruction:\n{instruction}\n\nContext:\n{context}\n\nResponse:\n",
     ),
-    # Gemma's own turns, for instruction-tuned presets: https://ai.google.dev/gemma/docs/core/prompt-structure
+    # Gemma's own turns, for instruction-tuned presets:
+    # https://ai.google.dev/gemma/docs/core/prompt-structure
     "turns": Template(
         name="turns",
         without_context="<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n",
-        with_context="<start_of_turn>user\n{instruction}\n\n{context}<end_of_turn>\n<start_of_turn>model\n",
+        with_context=(
+            "<start_of_turn>user\n{instruction}\n\n{context}<end_of_turn>\n<start_of_turn>model\n"
+        ),
         end="<end_of_turn>",
     ),
 }
 
 
 def get_template(template: str | Template) -> Template:
-    """Look a template up by name; a name that there is not is a ValueError."""
+    """Look a template up by name; a `Template` is its own. Raises ValueError."""
     if isinstance(template, Template):
         return template
     if template not in TEMPLATES:
         raise ValueError(
-            f"No template is named {template!r}. There are: {', '.join(TEMPLATES)}; or pass a gl.Template of your own."
+            f"No template is named {template!r}. There are: {', '.join(TEMPLATES)}; or pass a "
+            "gl.Template of your own."
         )
     return TEMPLATES[template]

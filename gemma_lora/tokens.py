@@ -1,4 +1,10 @@
-"""A model's vocabulary, and a record as token ids with a weight for each target."""
+"""Turn records into token ids, with a weight for each target; and show them in colour.
+
+Three steps, from top to bottom: a `Tokenizer` turns text into ids; `encode` turns
+records into rows of inputs, targets and weights; `show_tokens` shows such rows. How
+text is cut so that data cannot act as a control token is in `templates`; how rows share
+a batch is in `batches`.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +15,7 @@ import keras_hub
 import numpy as np
 import sentencepiece
 
-from gemma_lora.models import TINY, from_preset, state_of
+from gemma_lora.models import TINY, from_preset, local_folder, state_of
 from gemma_lora.records import checked_record
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
@@ -17,66 +23,95 @@ from gemma_lora.templates import Template, get_template, text_pieces
 
 
 class Tokenizer:
-    """A model's SentencePiece vocabulary, used directly: the same on every version of KerasHub, and quick."""
+    """A model's SentencePiece vocabulary, used directly.
+
+    It works alike on every version of KerasHub, and it is quick.
+
+    Args:
+        keras_tokenizer: The tokenizer of a KerasHub model's preprocessor.
+
+    Raises:
+        ValueError: There is none, or it has no SentencePiece vocabulary.
+    """
 
     def __init__(self, keras_tokenizer):
-        if keras_tokenizer is None or not getattr(keras_tokenizer, "proto", None):
+        # private: `proto`, the bytes of the vocabulary's file.
+        proto = getattr(keras_tokenizer, "proto", None)
+        if not proto:
             raise ValueError(
-                "The model has no SentencePiece tokenizer: load it with gl.load(), preprocessor included."
+                "The model has no SentencePiece tokenizer. "
+                "Load it with gl.load(), preprocessor included."
             )
         with quiet():
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=keras_tokenizer.proto)
-        self.bos_id, self.pad_id = keras_tokenizer.start_token_id, keras_tokenizer.pad_token_id
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.bos_id = keras_tokenizer.start_token_id
+        self.pad_id = keras_tokenizer.pad_token_id
 
     def __len__(self) -> int:
         return len(self._pieces)
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Encode each piece by itself and join the ids."""
-        return [token for ids in self._pieces.encode(pieces) for token in ids]
+        return [token_id for ids in self._pieces.encode(pieces) for token_id in ids]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Turn ids into text; control tokens vanish."""
-        return self._pieces.decode([int(token) for token in ids])
+        # SentencePiece takes Python's integers only, not NumPy's.
+        return self._pieces.decode([int(token_id) for token_id in ids])
 
-    def tokens(self, ids: list[int]) -> list[str]:
-        """The token of each id, made visible: ▁ is a space, ⏎ a line break, `<0x..>` a byte without a token."""
-        return [
-            token.replace("\n", "⏎")
-            for token in self._pieces.id_to_piece([int(token) for token in ids])
-        ]
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """Return the token of each id, made visible.
+
+        ▁ is a space, ⏎ a line break, and `<0x..>` a byte that has no token.
+        """
+        tokens = self._pieces.id_to_piece([int(token_id) for token_id in ids])
+        return [token.replace("\n", "⏎") for token in tokens]
 
     def id_of(self, token: str) -> int:
-        """The id of a control token such as `<eos>`."""
+        """Return the id of a control token such as `<eos>`. Raises ValueError."""
         token_id = self._pieces.piece_to_id(token)
         if token_id == self._pieces.unk_id() and token != "<unk>":
             raise ValueError(
-                f"The model's vocabulary has no token {token!r}; choose another template."
+                f"The model's vocabulary has no token {token!r}. Choose another template."
             )
         return token_id
 
     def prompt(self, template: str | Template | None, record: str | Mapping[str, str]) -> list[int]:
-        """Encode `<bos>` and the rendered prompt; with `template=None`, the text as it stands."""
-        pieces = text_pieces(record) if template is None else get_template(template).pieces(record)
-        return [self.bos_id, *self.encode(pieces)]
+        """Encode `<bos>` and the rendered prompt, or the bare text.
+
+        With `template=None`, `record` is a text and is encoded as it stands.
+        """
+        if template is None:
+            return [self.bos_id, *self.encode(text_pieces(record))]
+        return [self.bos_id, *self.encode(get_template(template).pieces(record))]
 
 
 def load_tokenizer(preset: str | Path = TINY) -> Tokenizer:
-    """Load a model's tokenizer without its weights: enough to prepare data, and a download of a few megabytes.
+    """Load a model's tokenizer without its weights: a download of a few megabytes.
+
+    It is enough to prepare data.
 
     >>> tokenizer = load_tokenizer("tiny_gemma_en")
     >>> tokenizer.tokens(tokenizer.encode(["Name a river."]))
     ['N', 'ame', '▁a', '▁river', '.']
+
+    Args:
+        preset: As in `gl.load`.
+
+    Raises:
+        ValueError, RuntimeError: As in `gl.load`.
     """
-    return Tokenizer(from_preset(keras_hub.tokenizers.Tokenizer, preset))
+    folder = local_folder(preset)
+    return Tokenizer(from_preset(keras_hub.tokenizers.Tokenizer, preset, folder))
 
 
 def tokenizer_of(model) -> Tokenizer:
-    """The model's `Tokenizer`, made once; a `Tokenizer` is its own."""
+    """Return the model's `Tokenizer`, made once. A `Tokenizer` is its own."""
     if isinstance(model, Tokenizer):
         return model
     state = state_of(model)
-    state.tokenizer = state.tokenizer or Tokenizer(getattr(model.preprocessor, "tokenizer", None))
+    if state.tokenizer is None:
+        state.tokenizer = Tokenizer(getattr(model.preprocessor, "tokenizer", None))
     return state.tokenizer
 
 
@@ -96,8 +131,8 @@ def shift_for_next_token(
     >>> shift_for_next_token([2, 7, 8], [9, 1])
     Example(inputs=[2, 7, 8, 9], targets=[7, 8, 9, 1], weights=[0, 0, 1, 1])
 
-    The weight of a target is 1 where it belongs to the response, or everywhere with `loss_on="all"`. All three have
-    shape (len(prompt) + len(response) - 1,).
+    The weight of a target is 1 where it belongs to the response, or everywhere with
+    `loss_on="all"`. All three have shape (len(prompt) + len(response) - 1,).
     """
     ids = prompt + response
     learned = len(prompt) - 1 if loss_on == "response" else 0
@@ -106,11 +141,20 @@ def shift_for_next_token(
 
 @dataclass
 class Encoded:
-    """Encoded records; how many were cut or, for want of room, dropped; and the tokens of all before any cut."""
+    """Encoded records, and what became of those that were too long.
+
+    Attributes:
+        examples: The rows.
+        pad_id: The id that fills a row up.
+        numbers: For each row, the number of its record, counted from 0.
+        truncated: How many responses were cut.
+        dropped: How many records have no row, because their prompt leaves no room.
+        full_lengths: Tokens of every record, dropped ones included, before any cut.
+    """
 
     examples: list[Example]
     pad_id: int
-    numbers: list[int] = field(default_factory=list)  # of the records that the examples are of
+    numbers: list[int] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
     full_lengths: list[int] = field(default_factory=list)
@@ -125,49 +169,52 @@ def encode(
     model,
     records: Iterable[Mapping[str, str]],
     *,
-    template="recipe",
-    sequence_length=256,
-    loss_on="response",
+    template: str | Template = "recipe",
+    sequence_length: int = 256,
+    loss_on: str = "response",
 ) -> Encoded:
-    """Encode records for training. Every response ends in the template's end token, and that is learned.
+    """Encode records for training.
 
-    A response that is too long is cut so that the end token still fits, as KerasHub's own packer does.
+    Every response ends in the template's end token, and that token is learned. A
+    response that is too long is cut so that the end token still fits, as in KerasHub's
+    own packer.
 
     Args:
         model: The model whose vocabulary to use, or a tokenizer from `load_tokenizer`.
-        records: Dicts with instruction, context and response, such as a `datasets.Dataset`.
+        records: Dicts with instruction, context and response, such as a
+            `datasets.Dataset`.
         template: Name of a template, or a `Template`.
-        sequence_length: Most input tokens a row may have.
-        loss_on: "response", or "all" to learn the prompt too, as the published recipe does.
+        sequence_length: Most input tokens of a row.
+        loss_on: "response", or "all" to learn the prompt too, as the published recipe
+            does.
+
+    Returns:
+        The rows, and counts of what was cut or dropped.
 
     Raises:
-        ValueError: A record is none, or none has room for a response.
+        ValueError: A row is not a valid record, or no record leaves room for a
+            response.
     """
     if loss_on not in ("response", "all"):
         raise ValueError(f'loss_on is "response" or "all". Received: {loss_on!r}')
     if not isinstance(sequence_length, int) or sequence_length < 2:
         raise ValueError(f"sequence_length counts tokens, 2 or more. Received: {sequence_length!r}")
-    tokenizer, template = tokenizer_of(model), get_template(template)
+    tokenizer = tokenizer_of(model)
+    template = get_template(template)
     end = tokenizer.id_of(template.end)
     encoded = Encoded([], tokenizer.pad_id)
     for number, row in enumerate(records):
-        try:
-            record = checked_record(row, {})
-        except ValueError as error:
-            wrong = f'Record {number}: {error} gl.load_records(..., on_error="skip") leaves such records out.'
-            raise ValueError(wrong) from None
-        prompt, response = (
-            tokenizer.prompt(template, record),
-            tokenizer.encode(text_pieces(record["response"])),
-        )
+        record = _checked(number, row)
+        prompt = tokenizer.prompt(template, record)
+        response = tokenizer.encode(text_pieces(record["response"]))
         encoded.full_lengths.append(len(prompt) + len(response))
-        room = sequence_length - len(
-            prompt
-        )  # the end token is only ever a target, so it needs no room
+        # The end token takes no room: it is only ever a target, never an input.
+        room = sequence_length - len(prompt)
         if room < 1:
             encoded.dropped += 1
             continue
-        encoded.truncated += len(response) > room
+        if len(response) > room:
+            encoded.truncated += 1
         encoded.numbers.append(number)
         encoded.examples.append(
             shift_for_next_token(prompt, [*response[:room], end], loss_on=loss_on)
@@ -176,20 +223,42 @@ def encode(
         raise ValueError("There are no records.")
     if not encoded.examples:
         raise ValueError(
-            f"Of {encoded.dropped:,} rows, none leaves room for a response within sequence_length={sequence_length}. "
-            "Raise sequence_length, shorten the prompts, or look at what the rows hold."
+            f"Of {encoded.dropped:,} rows, none leaves room for a response within "
+            f"sequence_length={sequence_length}. Raise sequence_length, shorten the prompts, "
+            "or look at what the rows hold."
         )
     return encoded
 
 
+def _checked(number: int, row) -> dict[str, str]:
+    """Check a record as `load_records` does. The ValueError says its number."""
+    try:
+        return checked_record(row, {})
+    except ValueError as error:
+        raise ValueError(
+            f"Record {number}: {error} "
+            'gl.load_records(..., on_error="skip") leaves such records out.'
+        ) from None
+
+
 def show_tokens(
-    model, records, *, template="recipe", sequence_length=256, loss_on="response"
+    model,
+    records,
+    *,
+    template: str | Template = "recipe",
+    sequence_length: int = 256,
+    loss_on: str = "response",
 ) -> TokenView:
-    """Show records as tokens, in colour: what training on them only reads, what it learns, and padding.
+    """Show records as tokens in colour: what training reads, what it learns, and
+    padding.
 
     Args:
         model, template, sequence_length, loss_on: As in `encode`.
-        records: One record or a few. Several are padded to the longest; one without room for a response is left out.
+        records: One record or a few. Shorter ones are padded to the longest. A record
+            whose prompt leaves no room for a response is left out.
+
+    Raises:
+        ValueError: As in `encode`.
     """
     tokenizer = tokenizer_of(model)
     records = [records] if isinstance(records, Mapping) else list(records)
@@ -198,8 +267,11 @@ def show_tokens(
     )
     rows = []
     for example in encoded.examples:
-        ids, learned = [example.inputs[0], *example.targets], [0, *example.weights]
-        kinds = ["learned" if weight else "read" for weight in learned]
-        rows.append([*zip(tokenizer.tokens(ids), ids, kinds, strict=True)])
-    longest, pad = max(map(len, rows)), ("<pad>", tokenizer.pad_id, "padding")
-    return TokenView([row + [pad] * (longest - len(row)) for row in rows])
+        # Inputs and targets overlap in all but one token. This is the row before the
+        # shift: <bos>, which is never a target, and then all the targets.
+        ids = [example.inputs[0], *example.targets]
+        kinds = ["read", *("learned" if weight else "read" for weight in example.weights)]
+        rows.append(list(zip(tokenizer.tokens(ids), ids, kinds, strict=True)))
+    longest = max(len(row) for row in rows)
+    padding = ("<pad>", tokenizer.pad_id, "padding")
+    return TokenView([row + [padding] * (longest - len(row)) for row in rows])

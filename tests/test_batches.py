@@ -1,91 +1,13 @@
+"""Every record once an epoch, in batches of one shape, at little padding."""
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_tokens import RECORDS
 
 from gemma_lora.batches import Batches
-from gemma_lora.templates import text_pieces
-from gemma_lora.tokens import (
-    Encoded,
-    Example,
-    encode,
-    load_tokenizer,
-    shift_for_next_token,
-    show_tokens,
-    tokenizer_of,
-)
-
-RECORDS = [
-    {
-        "instruction": "What is the capital of France?",
-        "context": "",
-        "response": "The capital of France is Paris.",
-    },
-    {"instruction": "Where does the koala live?", "context": "", "response": "In Australia."},
-]
-
-
-def test_shift_moves_targets_one_to_the_left():
-    inputs, targets, weights = shift_for_next_token([2, 7, 8], [9, 1])
-    assert (inputs, targets, weights) == ([2, 7, 8, 9], [7, 8, 9, 1], [0, 0, 1, 1])
-
-
-def test_loss_on_all_weighs_every_target():
-    assert shift_for_next_token([2, 7, 8], [9, 1], loss_on="all").weights == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("template", "end"), [("recipe", "<eos>"), ("turns", "<end_of_turn>")])
-@pytest.mark.parametrize("loss_on", ["response", "all"])
-def test_the_end_token_is_always_learned(tiny, template, end, loss_on):
-    for length in (256, 25):
-        encoded = encode(tiny, RECORDS, template=template, loss_on=loss_on, sequence_length=length)
-        for example in encoded.examples:
-            assert example.targets[-1] == tokenizer_of(tiny).id_of(end)
-            assert example.weights[-1] == 1
-
-
-def test_the_weighted_targets_are_the_response(tiny):
-    tokenizer = tokenizer_of(tiny)
-    example = encode(tiny, RECORDS).examples[0]
-    learned = [
-        target for target, weight in zip(example.targets, example.weights, strict=True) if weight
-    ]
-    assert tokenizer.decode(learned) == RECORDS[0]["response"]
-    assert example.inputs[0] == tokenizer.bos_id
-
-
-def test_truncation_and_rows_without_room_are_counted(tiny):
-    prompt = (
-        len(encode(tiny, RECORDS[:1]).examples[0].inputs)
-        - sum(encode(tiny, RECORDS[:1]).examples[0].weights)
-        + 1
-    )
-    encoded = encode(
-        tiny, [RECORDS[0], {**RECORDS[0], "instruction": "long " * 500}], sequence_length=prompt + 2
-    )
-    assert (encoded.truncated, encoded.dropped, len(encoded.examples)) == (1, 1, 1)
-    assert encoded.lengths.tolist() == [prompt + 2]
-
-
-def test_a_row_that_fits_exactly_is_not_truncated(tiny):
-    length = int(encode(tiny, RECORDS[:1]).lengths[0])
-    assert encode(tiny, RECORDS[:1], sequence_length=length).truncated == 0
-    assert encode(tiny, RECORDS[:1], sequence_length=length - 1).truncated == 1
-
-
-def test_nothing_to_encode_says_why(tiny):
-    with pytest.raises(ValueError, match="sequence_length=8"):
-        encode(tiny, RECORDS, sequence_length=8)
-    with pytest.raises(ValueError, match="There are no records"):
-        encode(tiny, [])
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"loss_on": "prompt"}, {"sequence_length": 1}, {"sequence_length": 9.5}]
-)
-def test_wrong_options_are_refused(tiny, wrong):
-    with pytest.raises(ValueError, match="Received"):
-        encode(tiny, RECORDS, **wrong)
+from gemma_lora.tokens import Encoded, Example, encode
 
 
 def test_every_record_is_in_an_epoch_exactly_once_in_one_shape(tiny):
@@ -96,23 +18,25 @@ def test_every_record_is_in_an_epoch_exactly_once_in_one_shape(tiny):
         orders = []
         for epoch in range(2):
             batches.start(epoch)
-            found = [
+            order = [
                 tuple(ids[numbers == number])
-                for features, *_ in (batches[i] for i in range(len(batches)))
+                for features, *_ in batches
                 for ids, numbers in zip(
                     features["token_ids"], features["padding_mask"], strict=True
                 )
                 for number in range(1, numbers.max() + 1)
             ]
-            assert sorted(found) == sorted(tuple(example.inputs) for example in encoded.examples)
-            orders.append(found)
+            assert sorted(order) == sorted(tuple(example.inputs) for example in encoded.examples)
+            orders.append(order)
         assert orders[0] != orders[1]
 
 
 @given(
-    st.lists(st.integers(1, 600), min_size=1, max_size=300), st.one_of(st.none(), st.integers(1, 20)),
-    st.integers(1, 2000), st.integers(0, 5),
-)  # fmt: skip
+    lengths=st.lists(st.integers(1, 600), min_size=1, max_size=300),
+    batch_size=st.one_of(st.none(), st.integers(1, 20)),
+    tokens=st.integers(1, 2000),
+    epoch=st.integers(0, 5),
+)
 def test_whatever_the_lengths_each_record_comes_once_whole_and_in_one_shape(
     lengths, batch_size, tokens, epoch
 ):
@@ -128,23 +52,21 @@ def test_whatever_the_lengths_each_record_comes_once_whole_and_in_one_shape(
         batch_size is None and rows * width <= max(tokens, max(lengths) + 15)
     )
     seen = []
-    for step, (features, targets, weights) in enumerate(batches[i] for i in range(len(batches))):
+    for step, (features, targets, weights) in enumerate(batches):
         ids, numbers = features["token_ids"], features["padding_mask"]
         assert ids.shape == numbers.shape == targets.shape == weights.shape == batches.shape
-        assert (
-            (ids == targets).all()
-            and ((weights == 1) == (numbers > 0)).all()
-            and ((ids == -1) == (numbers == 0)).all()
-        )
-        here = []
+        assert (ids == targets).all()
+        assert ((weights == 1) == (numbers > 0)).all()
+        assert ((ids == -1) == (numbers == 0)).all()
+        in_batch = []
         for row in range(rows):
             for number in range(1, numbers[row].max() + 1):
-                own = ids[row][numbers[row] == number]
-                assert (own == own[0]).all() and len(own) == lengths[own[0]]
-                here.append(own[0])
-        assert here == batches.rows(step)
+                record = ids[row][numbers[row] == number]
+                assert (record == record[0]).all() and len(record) == lengths[record[0]]
+                in_batch.append(record[0])
+        assert in_batch == batches.rows(step)
         assert len(ids[ids >= 0]) == batches.tokens()[step] == batches.tokens(learned=False)[step]
-        seen += here
+        seen += in_batch
     assert sorted(seen) == [*range(len(lengths))]
 
 
@@ -154,6 +76,48 @@ def test_packing_wastes_little():
     for batch_tokens in (256, 1024):
         batches = Batches(encoded, batch_tokens=batch_tokens)
         assert lengths.sum() / (len(batches) * np.prod(batches.shape)) > 0.97
+
+
+def of_lengths(lengths) -> Encoded:
+    examples = [Example([7] * n, [8] * n, [1] * n) for n in lengths]
+    return Encoded(examples, pad_id=0, numbers=[*range(len(lengths))])
+
+
+def test_shuffling_mixes_records_and_keeps_every_row_as_full():
+    lengths = np.random.default_rng(1).integers(3, 60, 400)
+    batches = Batches(of_lengths(lengths), batch_tokens=256, seed=0)
+    rows_of_epochs = []
+    for epoch in range(3):
+        batches.start(epoch)
+        rows_of_epochs.append([tuple(row) for rows in batches._order for row in rows])
+    first, *others = [
+        sorted(sorted(lengths[list(row)].tolist()) for row in rows) for rows in rows_of_epochs
+    ]
+    assert all(other == first for other in others)
+    # Records that nobody shares a length with can only move with their row.
+    assert len(set(rows_of_epochs[0]) & set(rows_of_epochs[1])) < len(rows_of_epochs[0]) / 4
+
+
+def test_without_a_seed_records_keep_their_order():
+    batches = Batches(of_lengths([5, 9, 5, 7]), batch_size=2)
+    batches.start(1)
+    assert [batches.rows(step) for step in range(2)] == [[0, 1], [2, 3]]
+
+
+def test_an_index_outside_of_the_epoch_is_refused():
+    batches = Batches(of_lengths([5] * 9), batch_size=2, seed=0)
+    batches.start(0, step=3)
+    assert len(list(batches)) == len(batches) == 2
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match="2 batches"):
+            batches[index]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "batch_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
+def test_sizes_that_are_no_numbers_of_rows_or_tokens_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} counts .* Received: {value!r}"):
+        Batches(of_lengths([5]), **{name: value})
 
 
 def test_an_epoch_can_begin_at_a_step(tiny):
@@ -169,10 +133,7 @@ def test_an_epoch_can_begin_at_a_step(tiny):
 def test_the_same_seed_gives_the_same_order(tiny):
     encoded = encode(tiny, RECORDS * 20)
     one, two, other = (Batches(encoded, batch_size=4, seed=seed) for seed in (1, 1, 2))
-    first = [
-        np.concatenate([batches[i][1] for i in range(len(batches))])
-        for batches in (one, two, other)
-    ]
+    first = [np.concatenate([batch[1] for batch in batches]) for batches in (one, two, other)]
     assert np.array_equal(first[0], first[1])
     assert not np.array_equal(first[0], first[2])
 
@@ -181,83 +142,3 @@ def test_padding_weighs_nothing(tiny):
     features, _, weights = Batches(encode(tiny, RECORDS), batch_size=4)[0]
     assert (weights[features["padding_mask"] == 0] == 0).all()
     assert weights.sum() == sum(sum(example.weights) for example in encode(tiny, RECORDS).examples)
-
-
-def test_shown_tokens_are_those_that_training_learns(tiny):
-    view = show_tokens(tiny, RECORDS)
-    examples = encode(tiny, RECORDS).examples
-    assert view.counts()["learned"] == sum(sum(example.weights) for example in examples)
-    longest = max(len(example.inputs) for example in examples) + 1
-    assert {len(row) for row in view.rows} == {longest}
-    assert view.counts()["padding"] == sum(
-        longest - len(example.inputs) - 1 for example in examples
-    )
-    one = show_tokens(tiny, RECORDS[0], loss_on="all")
-    assert one.counts()["read"] == 1  # <bos> alone is never asked for
-    assert (one.rows[0][0][0], one.rows[0][-1][0]) == ("<bos>", "<eos>")
-
-
-def row(instruction="Why?", response="So.", context=""):
-    return {"instruction": instruction, "context": context, "response": response}
-
-
-@pytest.mark.parametrize(
-    ("records", "words"),
-    [
-        ([], "There are no records"),
-        ([row(), row(response="")], "Record 1: 'response' is empty"),
-        ([row(response="a\ud800b")], "half a character"),
-        ([row(instruction="a\ud800b")], "Record 0.*half a character"),
-        ([{"instruction": "Why?"}], "no 'response' among the fields"),
-        ([row(response=3)], "'response' is text. Received: int"),
-        (["Why?"], "a record is an object with named fields"),
-        (row(), "a record is an object with named fields"),
-        ([row("word " * 20_000)] * 2, "Of 2 rows, none leaves room"),
-    ],
-)
-def test_what_cannot_be_learned_from_is_said_with_its_number(tiny, records, words):
-    with pytest.raises(ValueError, match=words):
-        encode(tiny, records)
-
-
-TEXTS = st.one_of(
-    st.text(min_size=1, max_size=40),
-    st.text(
-        alphabet=st.characters(categories=["Cc", "Cf", "Mn", "So", "Lo"]), min_size=1, max_size=40
-    ),
-    st.sampled_from(
-        [
-            "<eos><bos><pad>",
-            "Response:\n",
-            "word " * 20_000,
-            "\u202eabc",
-            "👩‍👩‍👧‍👦",
-            "مرحبا",
-            "\x00",
-            "a",
-        ]
-    ),
-)
-
-
-@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=8), st.integers(2, 300))
-def test_any_text_is_encoded_within_the_length_or_refused_clearly(rows, length):
-    tokenizer = load_tokenizer()
-    records = [row(*texts) for texts in rows]
-    try:
-        encoded = encode(tokenizer, records, sequence_length=length)
-    except ValueError as error:
-        assert "none leaves room" in str(error) or "is empty" in str(error)
-        return
-    assert len(encoded.examples) + encoded.dropped == len(rows) == len(encoded.full_lengths)
-    for number, example in zip(encoded.numbers, encoded.examples, strict=True):
-        assert len(example.inputs) == len(example.targets) == len(example.weights) <= length
-        assert example.inputs[0] == tokenizer.bos_id and example.targets[-1] == tokenizer.id_of(
-            "<eos>"
-        )
-        assert (
-            example.inputs.count(tokenizer.bos_id) == 1
-        )  # what looks like a control token in a text is none
-        assert sum(example.weights) == len(
-            tokenizer.encode(text_pieces(records[number]["response"]))
-        ) + 1 or (len(example.inputs) == length)

@@ -1,3 +1,5 @@
+"""Solutions are right, wrong answers get the hint that names the misconception."""
+
 import html
 import re
 from itertools import pairwise
@@ -100,7 +102,10 @@ WRONG = {
 
 
 def exercises():
-    """Every exercise of the notebooks: (cell, the code of the solution that unfolds under it, name of its check)."""
+    """Every exercise of the notebooks, with the name of its check as the id.
+
+    Yields (cell, code of the solution that unfolds under it).
+    """
     for path in NOTEBOOKS:
         cells = nbformat.read(path, as_version=4).cells
         for cell, below in pairwise(cells):
@@ -134,7 +139,7 @@ def namespace(tiny):
 
 
 def run(cell, namespace: dict, answer: str):
-    """Run an exercise's cell with an answer in place of None, and return what it shows."""
+    """Run an exercise's cell with an answer in place of None; return what it shows."""
     source, replaced = re.subn(
         r"^(MY_\w+) = None.*$", lambda _: answer, cell.source, flags=re.MULTILINE
     )

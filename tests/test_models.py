@@ -1,7 +1,14 @@
+"""A preset by name, folder or handle, and what is recommended for it."""
+
+import os
+import warnings
+from pathlib import Path
+
 import keras_hub
 import pytest
 
 import gemma_lora as gl
+from gemma_lora import models
 
 
 def test_the_small_model_is_a_real_gemma(tiny):
@@ -17,6 +24,55 @@ def test_a_folder_loads_like_a_name(tiny, tmp_path):
     assert gl.generate(copy, question, template=None, max_new_tokens=5) == gl.generate(
         tiny, question, template=None, max_new_tokens=5
     )
+
+
+def test_a_model_remembers_where_it_came_from(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_restore_query_scale", lambda model: None)
+    monkeypatch.setattr(models, "from_preset", lambda kind, name, folder, **_: SimpleModel())
+    for preset, local in (("tiny_gemma_en", True), (tmp_path, True), ("gemma_2b_en", False)):
+        (tmp_path / "config.json").write_text("{}")
+        state = gl.load(preset).gemma_lora
+        assert (state.preset, state.local) == (str(preset), local)
+
+
+class SimpleModel:
+    """Takes any attribute."""
+
+
+def test_a_preset_is_looked_up_once(monkeypatch):
+    asked = []
+    look = models.local_folder
+    monkeypatch.setattr(models, "local_folder", lambda name: asked.append(name) or look(name))
+    gl.load("tiny_gemma_en")
+    assert asked == ["tiny_gemma_en"]
+
+
+def warn_like_keras():
+    code = "import warnings\nwarnings.warn('`build()` was called on layer x')"
+    exec(compile(code, "layer.py", "exec"), {"__name__": "keras.src.layers.layer"})
+
+
+class Noisy:
+    """In place of a KerasHub class: it warns like Keras 3.15 with KerasHub 0.29."""
+
+    @classmethod
+    def from_preset(cls, source, **options):
+        warn_like_keras()
+        os.write(2, b"I0000 00:00:1.2 3 cudart_stub.cc:31] Could not find cuda drivers\n")
+        return source, options
+
+
+def test_warnings_of_libraries_are_held_back_while_a_preset_loads(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(models, "fetch", lambda name, load: load(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert models.from_preset(Noisy, "x", tmp_path, a=1) == (str(tmp_path), {"a": 1})
+        assert capfd.readouterr().err == ""
+        # The progress of a download goes to stderr, so nothing there is held back.
+        assert models.from_preset(Noisy, Path("hf:/a/b"), None) == (str(Path("hf:/a/b")), {})
+        assert "cudart" in capfd.readouterr().err
+        with pytest.raises(UserWarning, match="build"):
+            warn_like_keras()
 
 
 def test_dtype_is_what_was_asked_for():

@@ -1,4 +1,7 @@
+"""Records of Dolly, of the small world, and of files as learners have them."""
+
 import csv
+import itertools
 import json
 import os
 import re
@@ -6,6 +9,7 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,7 +19,9 @@ from hub_server import HANG_UP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_lora.records import COLUMNS, DOLLY, load_dolly, load_records
+from gemma_lora import models
+from gemma_lora import records as records_module
+from gemma_lora.records import COLUMNS, DOLLY, load_data, load_dolly, load_records
 from gemma_lora.tiny import world
 from gemma_lora.tiny.questions import held_out_subjects, load_tiny_world
 
@@ -37,6 +43,14 @@ WITHOUT_CONTEXT = [row for row in DOLLY_ROWS if not row["context"].strip()]
 WITH_CONTEXT = [row for row in DOLLY_ROWS if row["context"].strip()]
 
 ASKED = {"instruction": "Why?", "context": "", "response": "So.", "category": ""}
+
+
+def quick(quick_cases, *options):
+    """Every combination of some options; all but a few of them only in the full run."""
+    return [
+        case if case in quick_cases else pytest.param(*case, marks=pytest.mark.full)
+        for case in itertools.product(*options)
+    ]
 
 
 def json_lines(rows, **how) -> bytes:
@@ -68,7 +82,8 @@ def nothing_cached():
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    # The client waits 1 + 2 + 4 + 8 + 8 seconds between its tries, and has no setting for that.
+    # The client waits 1 + 2 + 4 + 8 + 8 seconds between its tries, and has no setting
+    # for that.
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
@@ -94,7 +109,7 @@ def test_dolly_drops_rows_with_context_and_keeps_the_order_of_the_file():
 
 def test_dolly_takes_1000_rows_unless_told_otherwise():
     with pytest.raises(
-        ValueError, match=r"context='drop': Dolly has 31 rows. Received: rows=1000, held_out=0"
+        ValueError, match=r"With context='drop', Dolly has 31 rows. Received: rows=1000, held_out=0"
     ):
         load_dolly()
 
@@ -113,7 +128,7 @@ def test_held_out_rows_follow_the_first_rows(rows):
     assert held_out.to_list() == WITHOUT_CONTEXT[20:]
 
 
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("seed", [0, pytest.param(7, marks=pytest.mark.full)])
 def test_a_seed_shuffles_always_alike_and_held_out_rows_never_overlap(seed):
     train, held_out = load_dolly(rows=20, held_out=11, seed=seed)
     again = load_dolly(rows=20, held_out=11, seed=seed)
@@ -140,6 +155,68 @@ def test_dolly_refuses_an_unknown_context():
         load_dolly(context="none")
 
 
+# The records that suit a model
+
+
+def model_of(preset: str):
+    """Something that remembers its preset as a loaded model does."""
+    return SimpleNamespace(gemma_lora=SimpleNamespace(preset=preset), name="gemma_causal_lm")
+
+
+def test_the_small_model_gets_its_whole_world_whatever_else_is_asked_for(tiny, tmp_path):
+    whole = [part.to_list() for part in load_tiny_world()]
+    assert tiny.gemma_lora.preset == records_module._SMALL_MODEL == models.TINY
+    for model in (tiny, "tiny_gemma_en", tmp_path / "tiny_gemma_en"):
+        assert [part.to_list() for part in load_data(model)] == whole
+    parts = load_data(tiny, rows=5, held_out=5, context="keep", seed=1)
+    assert [part.to_list() for part in parts] == whole
+
+
+@pytest.mark.parametrize(
+    "model",
+    [model_of("gemma_2b_en"), "gemma_2b_en", Path("my/gemma"), SimpleNamespace(name="my_gemma")],
+)
+def test_any_other_model_gets_dolly_with_the_same_options(model):
+    train, held_out = load_data(model, rows=20, held_out=11)
+    assert train.to_list() == WITHOUT_CONTEXT[:20]
+    assert held_out.to_list() == WITHOUT_CONTEXT[20:]
+    options = {"rows": None, "context": "keep", "seed": 3}
+    expected = load_dolly(held_out=10, **options)
+    parts = load_data(model, held_out=10, **options)
+    assert [part.to_list() for part in parts] == [part.to_list() for part in expected]
+
+
+def test_by_default_dolly_gives_1000_rows_and_holds_out_100():
+    with pytest.raises(ValueError, match=r"'drop', .* Received: rows=1000, held_out=100"):
+        load_data("gemma_2b_en")
+
+
+def test_without_a_hub_any_model_gets_as_much_of_the_small_world(
+    hub, nothing_cached, no_waiting, capsys
+):
+    hub.stop()
+    train, held_out = load_data(model_of("gemma_2b_en"), rows=20, held_out=5)
+    world_train, world_held_out = load_tiny_world()
+    assert train.to_list() == world_train.to_list()[:20]
+    assert held_out.to_list() == world_held_out.to_list()[:5]
+    reason, instead = capsys.readouterr().out.splitlines()
+    assert DOLLY in reason and instead == "These are records of the small world instead."
+    train, held_out = load_data("gemma_2b_en", rows=None, held_out=0)
+    assert (train.num_rows, held_out.num_rows) == (world_train.num_rows, 0)
+
+
+@pytest.mark.parametrize("model", [None, 3, {"preset": "gemma_2b_en"}])
+def test_what_is_neither_a_model_nor_a_preset_is_a_type_error(model):
+    with pytest.raises(TypeError, match=f"Received: {type(model).__name__}"):
+        load_data(model)
+
+
+@pytest.mark.parametrize("model", ["tiny_gemma_en", "gemma_2b_en"])
+def test_a_wrong_context_is_refused_for_every_model(model):
+    with pytest.raises(ValueError, match="Received: 'none'"):
+        load_data(model, context="none")
+
+
 # The Hub fails
 
 
@@ -164,8 +241,14 @@ def test_an_unknown_data_set_is_named():
         load_records("someone/nothing")
 
 
-@pytest.mark.parametrize("status", [500, 403, 429, HANG_UP])
-@pytest.mark.parametrize("where", ["", "databricks-dolly-15k.jsonl"])
+@pytest.mark.parametrize(
+    ("where", "status"),
+    quick(
+        [("", 403), ("", HANG_UP), ("databricks-dolly-15k.jsonl", 500)],
+        ["", "databricks-dolly-15k.jsonl"],
+        [500, 403, 429, HANG_UP],
+    ),
+)
 def test_a_hub_that_fails_is_a_connection_error_that_says_why(
     hub, nothing_cached, no_waiting, where, status
 ):
@@ -174,7 +257,7 @@ def test_a_hub_that_fails_is_a_connection_error_that_says_why(
         load_dolly(rows=20)
 
 
-@pytest.mark.parametrize("status", [500, HANG_UP])
+@pytest.mark.parametrize("status", [500, pytest.param(HANG_UP, marks=pytest.mark.full)])
 def test_a_hub_that_fails_does_not_matter_to_what_is_cached(hub, no_waiting, status):
     loaded = load_records("someone/other").to_list()
     hub.failing = {"": status}
@@ -210,8 +293,14 @@ def test_an_unknown_split_is_not_blamed_on_the_network():
         load_records("someone/other", split="validation")
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".JSONL"])
-@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    quick(
+        [(".jsonl", str), (".json", Path), (".csv", str), (".JSONL", Path)],
+        [".jsonl", ".json", ".csv", ".JSONL"],
+        [str, Path],
+    ),
+)
 def test_files_are_read_in_order(file, ending, kind):
     path = file(f"rows{ending}", "")
     if ending == ".csv":
@@ -359,11 +448,11 @@ MALFORMED = [
     ('{"instruction": "Why?"}', r"no 'response' among the fields \['instruction'\]"),
     ('{"response": "So."}', r"no 'instruction' among the fields \['response'\]"),
     ("{}", r"no 'instruction' among the fields \[\]"),
-    ('{"instruction": "Why?", "response": 4}', "'response' is text. Received: int, 4"),
-    ('{"instruction": ["Why?"], "response": "So."}', "'instruction' is text. Received: list"),
+    ('{"instruction": "Why?", "response": 4}', "'response' must be text. Received: int, 4"),
+    ('{"instruction": ["Why?"], "response": "So."}', "'instruction' must be text. Received: list"),
     (
         '{"instruction": "Why?", "response": "So.", "context": {"a": 1}}',
-        "'context' is text. Received: dict",
+        "'context' must be text. Received: dict",
     ),
     ('{"instruction": "Why?", "response": ""}', "'response' is empty"),
     ('{"instruction": "Why?", "response": null}', "'response' is empty"),
@@ -385,8 +474,8 @@ MALFORMED = [
     ),
     ('{"messages": [{"content": "Why?"}, {"content": "So."}]}', "one user and one assistant turn"),
     ('{"messages": [{"role": ["user"], "content": "Why?"}]}', "one user and one assistant turn"),
-    ('{"messages": ["Why?", "So."]}', "each of a chat's messages is an object"),
-    ('{"messages": 5}', "each of a chat's messages is an object"),
+    ('{"messages": ["Why?", "So."]}', "each of a chat's messages must be an object"),
+    ('{"messages": 5}', "each of a chat's messages must be an object"),
     (
         '{"messages": [{"role": "user"}, {"role": "assistant", "content": "So."}]}',
         "'instruction' is empty",
@@ -468,8 +557,8 @@ def test_no_rows_are_an_error(nothing):
     [
         ("", "is not JSON"),
         (b'[{"question": "Why?", "answer": "caf\xe9"}]', "is not JSON: 'utf-8' codec"),
-        (json_lines([ASKED, ASKED]), "is not JSON: .*Then call it .jsonl"),
-        (json.dumps(ASKED), "holds a list of objects. Received: dict"),
+        (json_lines([ASKED, ASKED]), "is not JSON: .*call it .jsonl"),
+        (json.dumps(ASKED), "must hold a list of objects. Received: dict"),
     ],
 )
 def test_a_json_file_that_is_no_list_is_refused(file, content, why):
@@ -480,10 +569,21 @@ def test_a_json_file_that_is_no_list_is_refused(file, content, why):
 # Text files as they come
 
 
-@pytest.mark.parametrize("ensure_ascii", [True, False])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\n\n", b"\n \t\r\n"])
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"", b"\n"])
+@pytest.mark.parametrize(
+    ("ensure_ascii", "newline", "start", "end"),
+    quick(
+        [
+            (True, b"\n", b"", b"\n"),
+            (False, b"\r\n", b"\xef\xbb\xbf", b""),
+            (False, b"\n\n", b"", b""),
+            (True, b"\n \t\r\n", b"\xef\xbb\xbf", b"\n"),
+        ],
+        [True, False],
+        [b"\n", b"\r\n", b"\n\n", b"\n \t\r\n"],
+        [b"", b"\xef\xbb\xbf"],
+        [b"", b"\n"],
+    ),
+)
 def test_json_lines_with_any_newline_byte_order_mark_and_line_separator(
     file, start, newline, end, ensure_ascii
 ):

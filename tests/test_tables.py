@@ -1,3 +1,5 @@
+"""Tables and tokens, in a terminal and in a notebook."""
+
 from gemma_lora.tables import Table, TokenView
 
 
@@ -28,6 +30,15 @@ def test_a_column_of_numbers_is_set_to_the_right():
     assert str(Table([{"rate": 5e-05}, {"rate": 5}])).splitlines()[2] == "    5"
     assert str(Table([{"text": "..."}, {"text": "5"}])).splitlines()[2] == "5"
     assert str(Table([{"n": ""}, {"n": 5}])).splitlines() == ["n", "", "5"]
+
+
+def test_a_mark_has_its_colour_in_a_notebook_if_it_is_the_whole_cell():
+    page = Table([{"": mark, "found": f"{mark} <b>"} for mark in "✓✗–"], caption="✓")._repr_html_()
+    for mark, color in {"✓": "#188038", "✗": "#d93025", "–": "#5f6368"}.items():
+        assert f'><b style="color:{color}">{mark}</b></td>' in page
+        assert f">{mark} &lt;b&gt;</td>" in page
+    assert page.count("<b ") == 3 and "<b>" not in page
+    assert str(Table([{"ok": "✓"}])).splitlines() == ["ok", "✓"]
 
 
 def test_tokens_in_colour_are_escaped_and_counted():

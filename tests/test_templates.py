@@ -1,3 +1,5 @@
+"""Prompts to the letter, and no way for data to act as a control token."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
