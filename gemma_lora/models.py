@@ -98,7 +98,8 @@ class State:
             came, so that `remove_adapter` can restore it. None without adapters.
         merges: Each `Merge` into the kernels, the latest last.
         tokenizer: The model's `tokens.Tokenizer`, once somebody needed it.
-        trainer: What `fit` compiled, so that a second `fit` need not compile it again.
+        steps: What `fit` and `evaluate` compiled, so that a second call need not compile
+            it again.
         samplers: What `generate` and `stream` compiled, for the same reason.
     """
 
@@ -110,7 +111,7 @@ class State:
     trainable: list | None = None
     merges: list[Merge] = field(default_factory=list)
     tokenizer: Any = None
-    steps: dict = field(default_factory=dict)  # compiled, see `loss`
+    steps: dict = field(default_factory=dict)
     samplers: dict = field(default_factory=dict)
 
 

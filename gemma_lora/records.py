@@ -103,8 +103,8 @@ def load_dolly(
         seed: Shuffle first, by this seed. None keeps the file's order, as the recipe
             does.
         or_tiny_world: If the Hub cannot be reached and nothing is cached, say so and
-            take records of the small world instead: at most `rows` and `held_out` of
-                them.
+            take records of the small world instead: at most `rows` and `held_out`
+            of them.
 
     Raises:
         ConnectionError: The Hub cannot be reached and nothing is cached.
