@@ -1,6 +1,7 @@
 """A Hugging Face Hub on loopback: enough of its protocol for the clients to load data sets, and fetch or send models.
 
-What `kaggle_server` needs too is here: a server that can be told to fail, and the ways in which it does.
+What `kaggle_server` needs too is here: a server that can be told to fail, and the ways
+in which it does.
 """
 
 import base64
@@ -42,8 +43,9 @@ class Response(NamedTuple):
 class LoopbackServer:
     """Answers each request with what `respond` says, which subclasses write.
 
-    `failing` makes requests fail: it gives the fault for every path that ends with a text, {"": 500} for all,
-    {".jsonl": HANG_UP} to answer those with nothing. A list of faults is used up, one a request.
+    `failing` makes requests fail: it gives the fault for every path that ends with a
+    text, {"": 500} for all, {".jsonl": HANG_UP} to answer those with nothing. A list of
+    faults is used up, one a request.
     """
 
     def __init__(self):
@@ -98,12 +100,14 @@ class LoopbackServer:
 class HubServer(LoopbackServer):
     """Serves data sets and models.
 
-    `repos` holds each data set's files as {"owner/name": {"path": content}}, `models` each model's, which may also be a
-    folder. Models in `gated` are only for the tokens in `tokens_with_access`.
+    `repos` holds each data set's files as {"owner/name": {"path": content}}, `models`
+    each model's, which may also be a folder. Models in `gated` are only for the tokens
+    in `tokens_with_access`.
 
-    Models are made and changed by the tokens in `users`, which gives each one's name: theirs are those of that owner.
-    `private` holds the models that were made so, `commits` what each commit brought, `requests` all that was asked for
-    and the Authorization header; README.md must not hold `bad_card`.
+    Models are made and changed by the tokens in `users`, which gives each one's name:
+    theirs are those of that owner. `private` holds the models that were made so,
+    `commits` what each commit brought, `requests` all that was asked for and the
+    Authorization header; README.md must not hold `bad_card`.
     """
 
     bad_card = b"license: [not closed"
@@ -122,9 +126,10 @@ class HubServer(LoopbackServer):
 
     @property
     def url(self) -> str:
-        # `datasets` also asks a second host, "datasets-server." + this one. The user name takes that prefix here, so
-        # this second host is loopback too and nothing is looked up by name. It also takes the place of a token: where
-        # tokens matter, the endpoint is `url_for_tokens`.
+        # `datasets` also asks a second host, "datasets-server." + this one. The user
+        # name takes that prefix here, so this second host is loopback too and nothing
+        # is looked up by name. It also takes the place of a token: where tokens matter,
+        # the endpoint is `url_for_tokens`.
         return self.url_for_tokens.replace("://", "://hub@")
 
     @property

@@ -5,7 +5,8 @@ import pytest
 
 from notebooks import NOTEBOOKS
 
-# Question: the cells that answer it, by running something or, where nothing can be run, in a paragraph.
+# Question: the cells that answer it, by running something or, where nothing can be run,
+# in a paragraph.
 ANSWERED = {
     "1 which Gemma, and why": "03 presets, 03 presets-choice",
     "3 how it was trained": "03 presets-choice",

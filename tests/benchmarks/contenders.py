@@ -1,7 +1,7 @@
 """What `training.py` measures, each function in a process of its own: `python contenders.py NAME OPTIONS`.
 
-Ours, the published recipe on stock KerasHub, Transformers + PEFT. Options and results are JSON; the function that
-measures a library imports it.
+Ours, the published recipe on stock KerasHub, Transformers + PEFT. Options and results
+are JSON; the function that measures a library imports it.
 """
 
 import json
@@ -381,8 +381,9 @@ def tiny_ours(folder, rows, repeats, target):
 def answers(folder, rows, repeats, how):
     """64 prompts of mixed lengths, 64 new tokens each (none ends early): `gl.generate`, or stock `generate` in a loop.
 
-    The loop gives all prompts one length, and so compiles once, but its short prompts get longer answers ("stock"); or
-    each its own, and compiles for each length ("stock, own lengths").
+    The loop gives all prompts one length, and so compiles once, but its short prompts
+    get longer answers ("stock"); or each its own, and compiles for each length ("stock,
+    own lengths").
     """
     import gemma_lora as gl
 

@@ -1,10 +1,13 @@
 """Training, ours beside the published recipe on stock KerasHub and beside Transformers + PEFT: same rows, geometry and
-starting weights, one process each in turn. Prints tables; writes results/training_DEVICE.json and a figure.
+starting weights, one process each in turn. Prints tables; writes
+results/training_DEVICE.json and a figure.
 
-python tests/benchmarks/training.py [--rows 1000] [--repeats 3] [--data DOLLY.jsonl] [--gemma-2b]
+python tests/benchmarks/training.py [--rows 1000] [--repeats 3] [--data DOLLY.jsonl]
+[--gemma-2b]
 
-Ours and PEFT learn from all rows in each repeat; the recipe, whose steps are all alike, from a part in each.
-With --gemma-2b, for a GPU: Gemma 2B's geometry in bfloat16 with random weights, sequence length 512.
+Ours and PEFT learn from all rows in each repeat; the recipe, whose steps are all alike,
+from a part in each. With --gemma-2b, for a GPU: Gemma 2B's geometry in bfloat16 with
+random weights, sequence length 512.
 """
 
 import argparse
