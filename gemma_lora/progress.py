@@ -280,7 +280,7 @@ def finished(figure: Figure, axes=None, title: str = "") -> Figure:
     """Give a figure the look that all share, and close it.
 
     A figure has no background, and its ink is a mid grey, so it suits light and dark
-    pages. A notebook shows the figure that a cell returns; an open one would show twice.
+    pages. A notebook shows what a cell returns; an open figure would show twice.
     """
     if axes is not None:
         axes.set_title(title, loc="left", fontsize=11)
