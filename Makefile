@@ -52,7 +52,7 @@ lint: .venv/.dev  ## style of code and notebooks, and no token in any of them
 notebooks: .venv/.peers  ## execute the notebooks and save them, and their pages under artifacts/
 	$(BIN)/python tests/notebooks.py save
 
-bench: .venv/.peers  ## measure what the README's tables say: results, and speed beside the peers (an hour)
+bench: .venv/.peers  ## measure what docs/measurements.md says: results, and speed beside the peers (an hour)
 	$(BIN)/python tests/benchmarks/small_world.py
 	$(BIN)/python tests/benchmarks/training.py
 
