@@ -1,7 +1,16 @@
-"""Ask a model: its answer only, stopped where it ends, repeatable; at once, or token by token."""
+"""Ask a model: answers at once with `generate`, in pieces with `stream`.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+KerasHub's `generate_step` runs a model over its prompts and then hands everything to
+the model's sampler. Our `_Loop` stands in for the sampler: one loop that both functions
+use. It draws with any sampler of `keras_hub.samplers`, and ends at a limit of its own.
+
+Here are the batches of prompts, the loop, and the cut where an answer ends. `templates`
+words a prompt, `tokens` encodes it, and `evaluation` judges the answers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import keras
@@ -11,21 +20,25 @@ from keras import ops
 from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
-from gemma_lora.lora import overridden
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of, template_of
 from gemma_lora.templates import Template, get_template
-from gemma_lora.tokens import tokenizer_of
+from gemma_lora.tokens import Tokenizer, tokenizer_of
 
 _SAMPLERS = {
-    "greedy": lambda: keras_hub.samplers.GreedySampler(),
-    "top_k": lambda: keras_hub.samplers.TopKSampler(k=5),  # the published recipe's
-    "top_p": lambda: keras_hub.samplers.TopPSampler(p=0.9),
-    "random": lambda: keras_hub.samplers.RandomSampler(),
-    "beam": lambda: keras_hub.samplers.BeamSampler(num_beams=5),
+    "greedy": keras_hub.samplers.GreedySampler,
+    # The published recipe takes 5.
+    "top_k": partial(keras_hub.samplers.TopKSampler, k=5),
+    "top_p": partial(keras_hub.samplers.TopPSampler, p=0.9),
+    "random": keras_hub.samplers.RandomSampler,
+    "beam": partial(keras_hub.samplers.BeamSampler, num_beams=5),
 }
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # prompts answered together
-_SHAPE_STEP = 64  # lengths are padded to multiples of this, so that few shapes are compiled
+
+# How many prompts may be answered together.
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+# Rows are padded to multiples of this, so that only a few shapes are compiled.
+_LENGTH_STEP = 64
 
 
 def generate(
@@ -37,51 +50,166 @@ def generate(
     max_new_tokens: int | None = None,
     seed: int | None = None,
 ) -> str | list[str]:
-    """Answer prompts: the answers only. Neither the optimizer nor the model's own sampler is touched.
+    """Answer prompts. The answers come without the prompts.
+
+    Prompts of similar length are answered together. The model's optimizer and its own
+    sampler stay as they are.
+
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> generate(model, "The capital of France is", template=None, max_new_tokens=2)
+    'Paris'
 
     Args:
         model: A causal language model from `gl.load`.
-        prompts: An instruction, a record with `instruction` and `context`, or a list of them.
-        sampler: "greedy", "top_k" (5, as in the recipe), "top_p" (0.9), "random" or "beam"; or a sampler of
-            `keras_hub.samplers` with options of your own.
-        template: What renders a prompt. "auto" is the template of training, or the one recommended for the model;
-            None takes prompts as they stand, for a base model to continue.
-        max_new_tokens: Most tokens of an answer. None means what is recommended for the model.
-        seed: The same seed and prompts give the same answers. None means the seed of `gl.setup`.
+        prompts: An instruction, a record with `instruction` and `context`, or a list of
+            them.
+        sampler: "greedy", "top_k" (5, as in the recipe), "top_p" (0.9), "random" or
+            "beam"; or a sampler of `keras_hub.samplers` with options of your own.
+        template: The template that words a prompt. "auto" takes the one the model was
+            trained with, or else the one recommended for it. None takes prompts as they
+            stand, for a base model to continue.
+        max_new_tokens: The most tokens of an answer. None takes what is recommended for
+            the model.
+        seed: The same seed and prompts give the same answers. None takes the seed of
+            `gl.setup`.
+
+    Returns:
+        One answer if `prompts` is a single prompt, else a list of answers in the order
+        of the prompts.
+
+    Raises:
+        ValueError: A prompt is empty or not text, an argument is none of the above,
+            or "beam" is asked of a Gemma 3, for which KerasHub has no beam search.
+        MemoryError: The batch does not fit. The text says what would.
     """
-    one = isinstance(prompts, str | Mapping)
-    encoded, ends, new_tokens = encoded_prompts(
-        model, [prompts] if one else prompts, template, max_new_tokens
-    )
+    single = isinstance(prompts, str | Mapping)
+    task = _task(model, [prompts] if single else prompts, template, max_new_tokens)
     tokenizer = tokenizer_of(model)
-    answers, sizes = [""] * len(encoded), [len(ids) for ids in encoded]
-    by_length = sorted(range(len(encoded)), key=sizes.__getitem__)
-    rows = _rows(sorted(sizes))
-    with _compiled(model, sampler, runtime.default_seed if seed is None else seed) as function:
-        for start in range(0, len(by_length), rows):
-            batch = by_length[start : start + rows]
-            length = padded_length(sizes[batch[-1]] + new_tokens, max(sizes) + new_tokens)
-            inputs = padded(
-                [encoded[i] for i in batch], min(rows, len(encoded)), length, tokenizer.pad_id
-            )
-            inputs["limit"] = np.int32(sizes[batch[-1]] + new_tokens)
-            with explained_out_of_memory(
-                model, answering=True, prompts=len(batch), sequence_length=length
-            ):
-                output = np.asarray(function(inputs, stop_token_ids=ends)["token_ids"])
-            for row, i in enumerate(batch):
-                new = output[row, sizes[i] : sizes[i] + new_tokens].tolist()
-                end = next((place for place, token in enumerate(new) if token in ends), len(new))
-                answers[i] = tokenizer.decode(new[:end]).strip()
-    return answers[0] if one else answers
+    decode, seeds = _decoder(model, sampler, seed)
+    weights = _weights(model)
+    sizes = [len(prompt) for prompt in task.prompts]
+    batches = _batches(sizes)
+    answers = [""] * len(sizes)
+    for batch in batches:
+        limit = sizes[batch[-1]] + task.new_tokens
+        length = padded_length(limit, max(sizes) + task.new_tokens)
+        # A short last batch is filled up: another shape would have to be compiled.
+        inputs = padded([task.prompts[i] for i in batch], len(batches[0]), length, tokenizer.pad_id)
+        with explained_out_of_memory(
+            model, answering=True, prompts=len(batch), sequence_length=length
+        ):
+            tokens, _, seeds = decode(weights, seeds, inputs, limit=limit, ends=task.ends)
+            tokens = np.asarray(tokens)
+        for row, i in enumerate(batch):
+            answer = tokens[row, sizes[i] : sizes[i] + task.new_tokens].tolist()
+            answers[i] = tokenizer.decode(_until_end(answer, task.ends)).strip()
+    return answers[0] if single else answers
 
 
-def encoded_prompts(
-    model, prompts, template, max_new_tokens
-) -> tuple[list[list[int]], tuple[int, ...], int]:
-    """Token ids of each prompt, ids that end an answer, and the most tokens of an answer."""
-    tokenizer, state = tokenizer_of(model), state_of(model)
-    new_tokens = state.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+def stream(
+    model,
+    prompt: str | Mapping,
+    *,
+    sampler: str | Sampler = "greedy",
+    template: str | Template | None = "auto",
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Answer one prompt, and yield the text in pieces as its tokens come.
+
+    Joined, the pieces are what `generate` answers:
+
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> pieces = [*stream(model, "The capital of France is", template=None)]
+    >>> "".join(pieces) == gl.generate(model, "The capital of France is", template=None)
+    True
+
+    Args:
+        model, prompt, sampler, template, max_new_tokens, seed: As for `generate`, but
+            `prompt` is a single one.
+
+    Yields:
+        Text that continues the pieces before it. A piece holds whole characters only: a
+        character of several tokens is yielded with the last of them.
+
+    Raises:
+        ValueError: As for `generate`. Also if the sampler keeps several answers at a
+            time, as "beam" does, because none of them is certain before the end.
+        MemoryError: The answer does not fit. The text says what would.
+    """
+    task = _task(model, [prompt], template, max_new_tokens)
+    tokens = _streamed_tokens(model, sampler, seed, task)
+    yield from _whole_characters(tokens, tokenizer_of(model))
+
+
+def _streamed_tokens(
+    model, sampler: str | Sampler, seed: int | None, task: "_Task"
+) -> Iterator[int]:
+    """Yield the tokens of one answer, each as soon as it is drawn."""
+    decode, seeds = _decoder(model, sampler, seed, one_answer=True)
+    weights = _weights(model)
+    size = len(task.prompts[0])
+    end = size + task.new_tokens
+    inputs = padded(task.prompts, 1, padded_length(end, end), tokenizer_of(model).pad_id)
+    explained = partial(
+        explained_out_of_memory, model, answering=True, prompts=1, sequence_length=end
+    )
+    with explained():
+        _, cache, _ = decode(weights, seeds, inputs)
+    for place in range(size, end):
+        with explained():
+            tokens, cache, seeds = decode(weights, seeds, inputs, start=place, cache=cache)
+            token = int(np.asarray(tokens)[0, place])
+        if token in task.ends:
+            return
+        yield token
+        inputs["token_ids"] = tokens
+
+
+def _whole_characters(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Decode tokens as they come, and hold back the bytes of an unfinished character.
+
+    A character that the vocabulary lacks is several tokens, one for each of its UTF-8
+    bytes. Until the last byte has come, the decoded text ends in U+FFFD, the
+    replacement character.
+    """
+    ids = []
+    text = ""
+    said = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids).strip()
+        if len(text) > len(said) and not text.endswith("\ufffd"):
+            yield text[len(said) :]
+            said = text
+    if len(text) > len(said):
+        yield text[len(said) :]
+
+
+# What is asked for
+
+
+class _Task(NamedTuple):
+    """Prompts as token ids, ids that end an answer, and an answer's most tokens."""
+
+    prompts: list[list[int]]
+    ends: tuple[int, ...]
+    new_tokens: int
+
+
+def _task(
+    model, prompts: Sequence, template: str | Template | None, max_new_tokens: int | None
+) -> _Task:
+    """Check what a caller asks for, and encode it.
+
+    Raises ValueError if a prompt is empty or not text, or an argument is not valid.
+    """
+    tokenizer = tokenizer_of(model)
+    new_tokens = max_new_tokens
+    if new_tokens is None:
+        new_tokens = state_of(model).settings.max_new_tokens
     if not isinstance(new_tokens, int) or new_tokens < 1:
         raise ValueError(
             f"max_new_tokens is a whole number, 1 or more. Received: {max_new_tokens!r}"
@@ -99,193 +227,300 @@ def encoded_prompts(
             raise ValueError(
                 f"A prompt is text, or a record with an instruction. Received: {prompt!r}"
             )
-        encoded.append(tokenizer.prompt(template, prompt if template else text))
-    return encoded, tuple(sorted(ends)), new_tokens
+        # Without a template a record has no place for its context.
+        encoded.append(tokenizer.prompt(template, text if template is None else prompt))
+    return _Task(encoded, tuple(sorted(ends)), new_tokens)
 
 
-def _rows(sizes: list[int]) -> int:
-    """Prompts to answer together: KerasHub's loop begins at the shortest and ends with the longest of a batch."""
+def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Cut an answer before its first end token.
+
+    >>> _until_end([7, 8, 1, 9], ends=(1, 106))
+    [7, 8]
+    """
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:place]
+    return tokens
+
+
+# Batches of prompts
+
+
+def _batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Choose which prompts are answered together: their indices, from short to long.
+
+    A batch begins to draw where its shortest prompt ends, and it goes on until its
+    longest has its answer. So batches of similar prompts waste little, but in larger
+    batches a row costs less. All batches have the same size, but the last may be short.
+
+    >>> _batches([8, 9, 9, 10])
+    [[0, 1, 2, 3]]
+    >>> _batches([8, 3000, 9])
+    [[0, 2], [1]]
+    """
+    by_length = sorted(range(len(sizes)), key=sizes.__getitem__)
+
+    def batches_of(rows: int) -> list[list[int]]:
+        return [by_length[i : i + rows] for i in range(0, len(by_length), rows)]
 
     def cost(rows: int) -> int:
-        batches = [sizes[i : i + rows] for i in range(0, len(sizes), rows)]
+        # Drawing a token for n rows costs about 16 + n: most of it is reading the
+        # weights. An answer is taken to have 32 tokens.
         return sum(
-            (batch[-1] - batch[0] + 32) * (16 + rows) for batch in batches
-        )  # of about 32 new tokens each
+            (sizes[batch[-1]] - sizes[batch[0]] + 32) * (16 + rows) for batch in batches_of(rows)
+        )
 
-    return min(_BATCHES, key=cost)
+    return batches_of(min(_BATCH_SIZES, key=cost))
 
 
-def padded_length(own: int, longest: int) -> int:
-    """Tokens to pad a batch to: the longest's, or a fourth, a sixteenth of it, so that few shapes are compiled."""
-    while own * 4 <= longest:
-        longest //= 4
-    return -(-longest // _SHAPE_STEP) * _SHAPE_STEP
+def padded_length(needed: int, longest: int) -> int:
+    """Choose how many tokens to pad a batch to, so that few shapes are compiled.
+
+    That is what the longest batch needs, or a fourth or a sixteenth of it and so on,
+    but at least `needed`; rounded up to a multiple of 64.
+
+    >>> padded_length(300, longest=1000), padded_length(250, longest=1000)
+    (1024, 256)
+    """
+    length = longest
+    while needed * 4 <= length:
+        length //= 4
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def padded(prompts: list[list[int]], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
-    """Inputs for a batch, filled up with its last prompt to a power of two rows."""
+    """Make a batch of prompts: `token_ids`, int32, and `padding_mask`, bool.
+
+    Both have shape (rows, length), with `rows` raised to a power of two. The last
+    prompt fills up rows that are left over.
+
+    >>> padded([[2, 7], [2, 7, 8]], rows=2, length=4, pad_id=0)["token_ids"].tolist()
+    [[2, 7, 0, 0], [2, 7, 8, 0]]
+    """
     rows = 1 << (rows - 1).bit_length()
-    token_ids, mask = np.full((rows, length), pad_id, "int32"), np.zeros((rows, length), bool)
+    token_ids = np.full((rows, length), pad_id, "int32")
+    mask = np.zeros((rows, length), bool)
     for row in range(rows):
         prompt = prompts[min(row, len(prompts) - 1)]
-        token_ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
+        token_ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = True
     return {"token_ids": token_ids, "padding_mask": mask}
 
 
-@contextmanager
-def _compiled(model, sampler: str | Sampler, seed: int) -> Iterator[Callable]:
-    """Give the model a sampler for a while; what was compiled for an equal sampler before is used again."""
-    sampler, key = named_sampler(sampler)
-    if isinstance(sampler, keras_hub.samplers.BeamSampler) and isinstance(
-        model, keras_hub.models.Gemma3CausalLM
+# The loop
+
+
+class _Loop(Sampler):
+    """Draw tokens: the loop of `generate`, or one turn of it for `stream`.
+
+    KerasHub's `generate_step` runs the model over the prompts and then calls this
+    object with everything it prepared, as it would call any sampler. It does so while
+    JAX traces it, so arrays here stand for values that are not known yet.
+
+    With a `limit`, the loop draws until every row has ended or the limit is reached.
+    With `start` and `cache`, it draws the one token at that place. With neither it
+    draws nothing, and leaves the cache of the prompts to begin with.
+
+    Args:
+        sampler: The sampler that draws each token.
+        limit: The first place, counted from the start of a row, that gets no token.
+        ends: Ids of the tokens that end an answer.
+        start: The place of a single token, after the prompt of a single row.
+        cache: The attribute `cache` that the call before has left.
+    """
+
+    def __init__(self, sampler: Sampler, limit=None, ends=None, start=None, cache=None):
+        super().__init__()
+        self.sampler = sampler
+        self.limit = limit
+        self.ends = ends
+        self.start = start
+        self.cache = cache
+
+    def __call__(
+        self,
+        next,  # noqa: A002, KerasHub's name
+        prompt,
+        cache,
+        index,
+        mask,
+        stop_token_ids=None,
+        hidden_states=None,
+        model=None,
     ):
+        """Fill answers into `prompt`, and return it.
+
+        Args:
+            next: Takes token ids, a cache and a place; returns the logits for the token
+                at that place, hidden states and the new cache.
+            prompt: Token ids, shape (rows, length), int32.
+            cache: Keys and values of the prompts, for `next`.
+            index: The first place to fill: where the shortest prompt ends.
+            mask: Where a token is a prompt's own, shape (rows, length), bool.
+            stop_token_ids: Not used: `ends` says it.
+            hidden_states, model: What a sampler's own loop and `run_loop` need.
+        """
+        next_logits, cache = _by_layer(next, cache)
+
+        def draw(tokens, cache, place):
+            logits, _, cache = next_logits(tokens, cache, place)
+            probabilities = self.sampler.compute_probabilities(logits)
+            token = ops.cast(self.sampler.get_next_token(probabilities), tokens.dtype)
+            # Where a longer prompt still goes on, its own token stays.
+            token = ops.where(mask[:, place], tokens[:, place], token)
+            return ops.slice_update(tokens, [0, place], token[:, None]), cache
+
+        def turn(tokens, cache, place, ended):
+            tokens, cache = draw(tokens, cache, place)
+            is_end = ops.any(tokens[:, place, None] == ops.stack(self.ends), axis=1)
+            # An end token within a prompt ends nothing.
+            ended = ended | (is_end & ~mask[:, place])
+            return tokens, cache, place + 1, ended
+
+        def unfinished(tokens, cache, place, ended):
+            return ops.logical_not(ops.all(ended))
+
+        if self.start is not None:
+            # Nothing needs what `generate_step` has just computed from the prompts, so
+            # the compiler leaves that out of the program.
+            tokens, self.cache = draw(prompt, self.cache, self.start)
+            return tokens
+        if self.limit is None:
+            self.cache = cache
+            return prompt
+        if _has_own_loop(self.sampler):
+            next_logits = self._ending_at_the_limit(next_logits)
+            return self.sampler(
+                next_logits, prompt, cache, index, mask, self.ends, hidden_states, model
+            )
+        # KerasHub's while loop: it also carries the sampler's seed from turn to turn.
+        tokens, _, _, _ = self.sampler.run_loop(
+            unfinished,
+            turn,
+            model=model,
+            loop_vars=(prompt, cache, index, ops.zeros_like(mask[:, 0])),
+            maximum_iterations=self.limit - index,
+        )
+        return tokens
+
+    def _ending_at_the_limit(self, next_logits: Callable) -> Callable:
+        """Leave only the end token possible from the limit on.
+
+        A sampler's own loop knows no limit but the end of the rows. It stops when every
+        answer has ended. An end token of probability 1 changes no answer's score.
+        """
+
+        def next_or_end(tokens, cache, place):
+            logits, hidden, cache = next_logits(tokens, cache, place)
+            is_end = ops.arange(logits.shape[-1]) == self.ends[0]
+            only_end = ops.cast(ops.where(is_end, 0.0, -1e9), logits.dtype)
+            return ops.where(place < self.limit, logits, only_end), hidden, cache
+
+        return next_or_end
+
+
+def _by_layer(next_logits: Callable, cache: Any) -> tuple[Callable, Any]:
+    """Take a cache apart into a key and a value for each layer; adapt `next_logits`."""
+    # private: Gemma 1 and 2 keep one array, (rows, layers, 2, length, heads, head
+    # size), and stack it anew from its layers for every token. In a loop that carries
+    # the layers by themselves, stacking and taking apart cancel out: the compiler drops
+    # both, and a layer is updated where it lies.
+    if not hasattr(cache, "shape"):
+        # Gemma 3 keeps pairs itself, since KerasHub 0.27 or so.
+        return next_logits, cache
+
+    def apart(stacked):
+        return [(stacked[:, layer, 0], stacked[:, layer, 1]) for layer in range(stacked.shape[1])]
+
+    def next_by_layer(tokens, pairs, place):
+        stacked = ops.stack([ops.stack(pair, axis=1) for pair in pairs], axis=1)
+        logits, hidden, stacked = next_logits(tokens, stacked, place)
+        return logits, hidden, apart(stacked)
+
+    return next_by_layer, apart(cache)
+
+
+def _has_own_loop(sampler: Sampler) -> bool:
+    """Whether a sampler brings a loop of its own, to keep several answers at a time."""
+    return type(sampler).__call__ is not Sampler.__call__
+
+
+# The compiled function
+
+
+def _decoder(
+    model, sampler: str | Sampler, seed: int | None, *, one_answer: bool = False
+) -> tuple[Callable, list[np.ndarray]]:
+    """Return the compiled loop for a model and a sampler, and the loop's first seeds.
+
+    The model's state keeps the function. An equal sampler gets the same one again.
+
+    Raises ValueError if the sampler cannot answer here: beam search with Gemma 3, or a
+    loop of its own where `one_answer` is to be drawn token by token.
+    """
+    sampler, key = named_sampler(sampler)
+    name = type(sampler).__name__
+    if one_answer and _has_own_loop(sampler):
         raise ValueError(
-            "KerasHub has no beam search with Gemma 3. Take sampler='greedy', 'top_k' or 'top_p'."
+            f"{name} keeps several answers at a time, so none is certain before the end. "
+            "Call gl.generate, or choose sampler='greedy', 'top_k' or 'top_p'."
+        )
+    is_beam = isinstance(sampler, keras_hub.samplers.BeamSampler)
+    if is_beam and isinstance(model, keras_hub.models.Gemma3CausalLM):
+        raise ValueError(
+            "KerasHub has no beam search with Gemma 3. Choose sampler='greedy', 'top_k' or 'top_p'."
         )
     compiled = state_of(model).samplers
-    before = model.sampler, model.generate_function
-    try:
-        model.sampler, model.generate_function = compiled.get(key, (sampler, None))
-        compiled[key] = (model.sampler, model.make_generate_function())
-        for (
-            variable
-        ) in model.sampler.variables:  # a sampler draws on from where it was: start it anew
-            variable.assign(np.array([seed % 2**32, 0], dtype="uint32"))
-        with overridden([model], "generate_step", _generate_step):
-            yield model.generate_function
-    finally:
-        model.sampler, model.generate_function = before
+    if key not in compiled:
+        compiled[key] = _compiled(model, sampler)
+    first = runtime.default_seed if seed is None else seed
+    # private: the state of a Keras SeedGenerator is its seed and a count of draws.
+    return compiled[key], [np.array([first % 2**32, 0], "uint32") for _ in sampler.variables]
 
 
-def _generate_step(model, inputs, stop_token_ids):
-    """KerasHub's own, but it ends at `inputs["limit"]`, not with the row, and copies no caches at each token."""
+def _compiled(model, sampler: Sampler) -> Callable:
+    """Make `decode`, a pure function: what `_Loop` does with a batch of prompts.
 
-    def run_loop(sampler, cond, body, model=None, loop_vars=None, maximum_iterations=None):
-        steps = ops.minimum(
-            maximum_iterations, inputs["limit"] - loop_vars[2]
-        )  # from the shortest prompt's end
-        return type(sampler).run_loop(sampler, cond, body, model, loop_vars, steps)
+    It returns token ids, the loop's cache, and the seeds for the next call. A `cache`
+    that is passed in is used up. Weights are arguments, so adapters may change without
+    compiling again.
+    """
 
-    def call_with_cache(model, token_ids, cache, cache_update_index, **options):
-        if isinstance(cache, list):  # the compiler drops the stacking of what is then taken apart
-            cache = ops.stack([ops.stack(pair, axis=1) for pair in cache], axis=1)
-        *found, cache = type(model).call_with_cache(
-            model, token_ids, cache, cache_update_index, **options
-        )
-        if hasattr(
-            cache, "shape"
-        ):  # one array, (prompts, layers, 2, tokens, heads, head size); Gemma 3 keeps pairs
-            cache = [[cache[:, layer, 0], cache[:, layer, 1]] for layer in range(cache.shape[1])]
-        return *found, cache
+    def decode(weights, seeds, inputs, limit=None, ends=None, start=None, cache=None):
+        loop = _Loop(sampler, limit, ends, start, cache)
+        variables = [*model.weights, *sampler.variables]
+        values = zip(variables, [*weights, *seeds], strict=True)
+        with keras.StatelessScope(state_mapping=values) as scope:
+            own_sampler = model.sampler
+            try:
+                # Only while JAX traces, that is, once for every shape.
+                model.sampler = loop
+                outputs = model.generate_step(inputs, stop_token_ids=None)
+            finally:
+                model.sampler = own_sampler
+        seeds = [scope.get_current_value(variable) for variable in sampler.variables]
+        return outputs["token_ids"], loop.cache, seeds
 
-    with (
-        overridden([model.sampler], "run_loop", run_loop),
-        overridden([model], "call_with_cache", call_with_cache),
-    ):
-        return type(model).generate_step(model, inputs, stop_token_ids)
+    return jax.jit(decode, donate_argnames="cache")
+
+
+def _weights(model) -> list[jax.Array]:
+    return [weight.value for weight in model.weights]
 
 
 def named_sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
-    """A sampler, and what tells it from others but for the seed."""
+    """Return a sampler, and a key that equal samplers share whatever their seed.
+
+    Raises ValueError if no sampler has that name.
+    """
     if isinstance(sampler, str):
         if sampler not in _SAMPLERS:
             raise ValueError(f"No sampler is named {sampler!r}. There are: {', '.join(_SAMPLERS)}.")
         sampler = _SAMPLERS[sampler]()
-    options = {name: value for name, value in sampler.get_config().items() if name != "seed"}
-    known = type(sampler).__module__.startswith(
-        "keras_hub."
-    )  # of others, the config may not tell all
-    return sampler, (type(sampler), repr(options) if known else id(sampler))
-
-
-def stream(
-    model,
-    prompt: str | Mapping,
-    *,
-    sampler: str | Sampler = "greedy",
-    template: str | Template | None = "auto",
-    max_new_tokens: int | None = None,
-    seed: int | None = None,
-) -> Iterator[str]:
-    """Answer one prompt, and yield the text piece by piece as its tokens come: together, what `generate` answers.
-
-    >>> import gemma_lora as gl
-    >>> model = gl.load("tiny_gemma_en")
-    >>> pieces = [*stream(model, "The capital of France is", template=None)]
-    >>> "".join(pieces) == gl.generate(model, "The capital of France is", template=None)
-    True
-
-    The arguments are those of `generate`. A sampler that keeps several answers at a time, as "beam" does, is a
-    ValueError: none of them is certain before the end.
-    """
-    encoded, ends, new_tokens = encoded_prompts(model, [prompt], template, max_new_tokens)
-    tokenizer, size, ids, said = tokenizer_of(model), len(encoded[0]), [], ""
-    begin, proceed, draws = _halves(model, sampler, runtime.default_seed if seed is None else seed)
-    inputs = padded(
-        encoded, 1, padded_length(size + new_tokens, size + new_tokens), tokenizer.pad_id
-    )
-    weights = [variable.value for variable in _weights(model)]
-    with explained_out_of_memory(
-        model, answering=True, prompts=1, sequence_length=size + new_tokens
-    ):
-        cache = begin(weights, inputs)
-    for index in range(size, size + new_tokens):
-        token, cache, draws = proceed(weights, draws, inputs, cache, index)
-        if int(token) in ends:
-            return
-        inputs["token_ids"][0, index] = token
-        ids.append(int(token))
-        text = tokenizer.decode(ids).strip()
-        if len(text) > len(said) and not text.endswith(
-            "\ufffd"
-        ):  # else: some bytes of a character, not yet all
-            yield text[len(said) :]
-            said = text
-    if len(text) > len(said):
-        yield text[len(said) :]
-
-
-def _weights(model) -> list:
-    return [*model.trainable_variables, *model.non_trainable_variables]
-
-
-def _halves(model, sampler: str | Sampler, seed: int) -> tuple[Callable, Callable, list]:
-    """KerasHub's `generate_step` in halves, the pass over the prompt and one token, and the sampler's seed.
-
-    Each half runs the whole step with a sampler that takes out what it needs; the compiler drops the rest.
-    """
-    sampler, key = named_sampler(sampler)
-    if type(sampler).__call__ is not Sampler.__call__:
-        raise ValueError(
-            f"{type(sampler).__name__} keeps several answers at a time: none can be streamed."
-        )
-    begin, proceed, sampler = state_of(model).samplers.get(("stream", key), (None, None, sampler))
-
-    def step(weights, draws, inputs, take: Callable):
-        taken, before = [], model.sampler
-        mapping = zip([*_weights(model), *sampler.variables], [*weights, *draws], strict=False)
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            try:
-                model.sampler = lambda next, prompt, cache, **_: (
-                    taken.append(take(next, prompt, cache)) or prompt
-                )
-                model.generate_step(inputs, stop_token_ids=None)
-            finally:
-                model.sampler = before
-            return taken[0], [scope.get_current_value(variable) for variable in sampler.variables]
-
-    def one_token(weights, draws, inputs, cache, index):
-        def take(next, prompt, _):  # noqa: A002
-            logits, _, new = next(prompt, cache, index)
-            return sampler.get_next_token(sampler.compute_probabilities(logits))[0], new
-
-        (token, new), draws = step(weights, draws, inputs, take)
-        return token, new, draws
-
-    if begin is None:
-        begin = jax.jit(
-            lambda weights, inputs: step(weights, [], inputs, lambda next, prompt, cache: cache)[0]
-        )
-        proceed = jax.jit(one_token, donate_argnums=3)
-        state_of(model).samplers["stream", key] = begin, proceed, sampler
-    return begin, proceed, [np.array([seed % 2**32, 0], "uint32") for _ in sampler.variables]
+    if type(sampler).__module__.startswith("keras_hub."):
+        options = sampler.get_config()
+        options.pop("seed", None)
+        return sampler, (type(sampler), repr(options))
+    # The configuration of a sampler from elsewhere may not tell everything.
+    return sampler, (type(sampler), id(sampler))

@@ -6,30 +6,49 @@ from families import FAMILIES
 
 import gemma_lora as gl
 from gemma_lora import sampling
+from gemma_lora.models import state_of
 from gemma_lora.tokens import tokenizer_of
 
 QUESTION = "What is the capital of France?"
+START = "The capital of France is"
+full = pytest.mark.full
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "top_k", "top_p", "random", "beam"])
-def test_the_same_seed_gives_the_same_answer(tiny, sampler):
-    first = gl.generate(tiny, QUESTION, sampler=sampler, seed=2, max_new_tokens=8)
-    gl.generate(tiny, QUESTION, sampler=sampler, seed=3, max_new_tokens=8)
-    assert gl.generate(tiny, QUESTION, sampler=sampler, seed=2, max_new_tokens=8) == first
+class Scripted(keras_hub.samplers.Sampler):
+    """Draws given tokens one after the other, whatever the model says."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+        # Its state is a seed and a count of draws; both start at zero with seed=0.
+        self.draws = keras.random.SeedGenerator(0)
+
+    def get_next_token(self, probabilities):
+        token = keras.ops.convert_to_tensor(self.tokens)[self.draws.next()[1]]
+        return keras.ops.repeat(token, probabilities.shape[0])
 
 
-def test_another_seed_gives_another_answer(tiny):
-    answers = {
-        gl.generate(tiny, QUESTION, sampler="random", seed=seed, max_new_tokens=16)
-        for seed in range(5)
-    }
-    assert len(answers) > 1
+@pytest.fixture
+def steps(monkeypatch):
+    """Names of models, one for each time that `generate_step` was traced to compile."""
+    traced = []
+    for kind in (keras_hub.models.GemmaCausalLM, keras_hub.models.Gemma3CausalLM):
+
+        def spy(model, *args, original=kind.generate_step, **options):
+            traced.append(model.name)
+            return original(model, *args, **options)
+
+        monkeypatch.setattr(kind, "generate_step", spy)
+    return traced
 
 
-def test_a_list_in_is_a_list_out_in_order(tiny):
-    prompts = [f"{QUESTION} {'Really? ' * i}" for i in (5, 0, 9, 2)]
-    together = gl.generate(tiny, prompts, max_new_tokens=8)
-    assert together == [gl.generate(tiny, prompt, max_new_tokens=8) for prompt in prompts]
+# The answers are KerasHub's
+
+
+def keras_hubs_answer(model, prompt: str, sampler, new_tokens: int) -> str:
+    size = len(tokenizer_of(model).prompt(None, prompt))
+    model.compile(sampler=sampler)
+    return model.generate(prompt, max_length=size + new_tokens)[len(prompt) :].strip()
 
 
 def test_greedy_is_what_keras_hub_answers(tiny):
@@ -41,10 +60,95 @@ def test_greedy_is_what_keras_hub_answers(tiny):
     assert theirs.strip().startswith(ours)
 
 
+def quick(chosen: list, every: list) -> list:
+    """Rows for the quick run, and the others for the full one."""
+    return [*chosen, *[pytest.param(row, marks=full) for row in every if row not in chosen]]
+
+
+PAIRS = [
+    (family, sampler)
+    for family in FAMILIES
+    for sampler in ("greedy", "top_k", "top_p", "random", "beam")
+    if (family, sampler) != ("gemma3", "beam")
+]
+
+
+@pytest.mark.parametrize("adapters", [True, pytest.param(False, marks=full)])
+@pytest.mark.parametrize(
+    "pair",
+    quick([("gemma", "top_p"), ("gemma_many_kv", "beam"), ("gemma3", "top_k")], PAIRS),
+    ids=str,
+)
+def test_every_family_answers_as_keras_hub_does(random_model, pair, adapters):
+    family, name = pair
+    model = random_model(family)
+    if adapters:
+        gl.enable_lora(model, rank=2)
+    sampler, _ = sampling.named_sampler(name)
+    # KerasHub's own sampler, which starts from our seed.
+    seed = {"seed": 4} if sampler.variables else {}
+    theirs = keras_hubs_answer(model, QUESTION, sampler.from_config(sampler.get_config() | seed), 8)
+    options = {"sampler": name, "template": None, "max_new_tokens": 8, "seed": 4}
+    assert gl.generate(model, QUESTION, **options) == theirs
+    if name != "beam":
+        assert "".join(gl.stream(model, QUESTION, **options)) == theirs
+
+
+@pytest.mark.parametrize("family", quick(["gemma2"], FAMILIES))
+@pytest.mark.parametrize("mode", quick(["int8"], ["int4"]))
+def test_a_quantized_base_answers_as_keras_hub_does(random_model, family, mode):
+    model = random_model(family)
+    model.backbone.quantize(mode)
+    gl.enable_lora(model, rank=2)
+    theirs = keras_hubs_answer(model, QUESTION, "greedy", 8)
+    options = {"template": None, "max_new_tokens": 8}
+    assert gl.generate(model, QUESTION, **options) == theirs
+    assert "".join(gl.stream(model, QUESTION, **options)) == theirs
+
+
+@pytest.mark.parametrize("family", quick(["gemma3"], FAMILIES))
+def test_prompts_of_several_lengths_are_answered_as_by_themselves(random_model, family):
+    model = random_model(family)
+    prompts = [QUESTION, QUESTION * 2]
+    together = gl.generate(model, prompts, template=None, max_new_tokens=8)
+    assert together == [keras_hubs_answer(model, prompt, "greedy", 8) for prompt in prompts]
+
+
+def test_what_keras_hub_cannot_do_is_said(random_model):
+    with pytest.raises(ValueError, match="no beam search with Gemma 3"):
+        gl.generate(random_model("gemma3"), QUESTION, sampler="beam")
+
+
+# Prompts, seeds, limits
+
+
+@pytest.mark.parametrize("sampler", quick(["top_p", "beam"], ["greedy", "top_k", "random"]))
+def test_the_same_seed_gives_the_same_answer(tiny, sampler):
+    first = gl.generate(tiny, QUESTION, sampler=sampler, seed=2, max_new_tokens=8)
+    gl.generate(tiny, QUESTION, sampler=sampler, seed=3, max_new_tokens=8)
+    assert gl.generate(tiny, QUESTION, sampler=sampler, seed=2, max_new_tokens=8) == first
+
+
+def test_another_seed_gives_another_answer(tiny):
+    answers = {
+        gl.generate(tiny, QUESTION, sampler="top_p", seed=seed, max_new_tokens=8)
+        for seed in range(5)
+    }
+    assert len(answers) > 1
+
+
+def test_a_list_in_is_a_list_out_in_order(tiny):
+    prompts = [f"{QUESTION} {'Really? ' * i}" for i in (5, 0, 9, 2)]
+    together = gl.generate(tiny, prompts, max_new_tokens=8)
+    assert together == [gl.generate(tiny, prompt, max_new_tokens=8) for prompt in prompts]
+
+
+def test_no_prompts_no_answers(tiny):
+    assert gl.generate(tiny, []) == []
+
+
 def test_template_none_continues_the_text(tiny):
-    assert gl.generate(
-        tiny, "The capital of France is", template=None, max_new_tokens=3
-    ).startswith("Paris")
+    assert gl.generate(tiny, START, template=None, max_new_tokens=3).startswith("Paris")
 
 
 def test_context_reaches_the_prompt(tiny):
@@ -53,51 +157,108 @@ def test_context_reaches_the_prompt(tiny):
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "beam"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_as_keras_hub_does(random_model, family, sampler):
-    model = random_model(family)
-    if (family, sampler) == ("gemma3", "beam"):  # KerasHub's own fails
-        with pytest.raises(ValueError, match="no beam search with Gemma 3"):
-            gl.generate(model, QUESTION, sampler=sampler)
-        return
-    prompts = [QUESTION, QUESTION * 2][
-        : 1 if sampler == "beam" else 2
-    ]  # KerasHub's beams of several lengths differ
-    model.compile(sampler=sampler)
-    theirs = []
-    for prompt in prompts:
-        size = len(tokenizer_of(model).prompt(None, prompt))
-        theirs.append(model.generate(prompt, max_length=size + 8)[len(prompt) :].strip())
-    assert (
-        gl.generate(model, prompts, sampler=model.sampler, template=None, max_new_tokens=8)
-        == theirs
-    )
+def test_max_new_tokens_bounds_every_answer(tiny):
+    prompts = [QUESTION, QUESTION * 6]
+    tokenizer = tokenizer_of(tiny)
+    for answer in gl.generate(tiny, prompts, max_new_tokens=3):
+        assert len(tokenizer.encode([answer])) <= 4  # cut text may encode otherwise, by a token
 
 
-def test_no_token_is_computed_beyond_the_limit(tiny):
-    inputs = sampling.padded([[2, 30, 31], [2, 30, 31, 32]], 2, 64, 0) | {"limit": np.int32(9)}
-    with sampling._compiled(
-        tiny, keras_hub.samplers.RandomSampler(temperature=10.0), 0
-    ) as function:
-        output = np.asarray(function(inputs, stop_token_ids=None)["token_ids"])
-    assert output[:, 4:9].all()
-    assert not output[:, 9:].any()
+@pytest.mark.parametrize(
+    "sampler",
+    [keras_hub.samplers.RandomSampler(temperature=10.0), keras_hub.samplers.BeamSampler()],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_no_token_is_computed_beyond_the_limit(tiny, sampler):
+    """But for one: a sampler's own loop ends with an end token at the limit."""
+    inputs = sampling.padded([[2, 30, 31], [2, 30, 31, 32]], 2, 64, 0)
+    decode, seeds = sampling._decoder(tiny, sampler, 0)
+    tokens, _, _ = decode(sampling._weights(tiny), seeds, inputs, limit=9, ends=(1,))
+    tokens = np.asarray(tokens)
+    assert tokens[:, 4:9].all()
+    assert set(tokens[:, 9]) <= {0, 1}
+    assert not tokens[:, 10:].any()
+
+
+def test_the_loop_stops_when_every_row_has_ended(tiny):
+    """An end token in a prompt ends nothing, and neither does one that is not drawn."""
+    sampler = Scripted([1, 40, 41, 1, 42, 43])
+    inputs = sampling.padded([[2, 30], [2, 30, 1, 32]], 2, 64, 0)
+    decode, seeds = sampling._decoder(tiny, sampler, 0)
+    tokens, _, seeds = decode(sampling._weights(tiny), seeds, inputs, limit=60, ends=(1, 106))
+    assert np.asarray(tokens)[:, :8].tolist() == [
+        [2, 30, 1, 40, 41, 1, 0, 0],
+        [2, 30, 1, 32, 41, 1, 0, 0],
+    ]
+    assert np.asarray(seeds).tolist() == [[0, 4]]
 
 
 def test_a_long_prompt_among_short_ones_is_answered_by_itself():
-    assert sampling._rows([8] * 15 + [3000]) == 1
-    assert sampling._rows([8, 9, 9, 10]) == 4
-    assert sampling._rows(sorted([20] * 64)) == 64
+    def rows(sizes):
+        return len(sampling._batches(sizes)[0])
+
+    assert rows([8] * 15 + [3000]) == 1
+    assert rows([8, 9, 9, 10]) == 4
+    assert rows([20] * 64) == 64
+    assert [len(batch) for batch in sampling._batches([20] * 70)] == [32, 32, 6]
+
+
+# Samplers, and what is compiled
 
 
 def test_optimizer_sampler_and_compiled_function_of_the_model_stay(tiny):
-    optimizer, sampler = keras.optimizers.AdamW(3e-4), keras_hub.samplers.TopKSampler(k=3)
+    optimizer = keras.optimizers.AdamW(3e-4)
+    sampler = keras_hub.samplers.TopKSampler(k=3)
     tiny.compile(optimizer=optimizer, sampler=sampler)
-    gl.generate(tiny, QUESTION, sampler="greedy", max_new_tokens=4)
+    own_function = tiny.make_generate_function()
+    seed = np.array(sampler.variables[0])
+    # Asked for by itself, the model's own sampler is as safe as any other.
+    gl.generate(tiny, QUESTION, sampler=sampler, max_new_tokens=4)
+    assert [*gl.stream(tiny, QUESTION, sampler=sampler, max_new_tokens=4)]
     assert tiny.optimizer is optimizer
     assert tiny.sampler is sampler
-    assert tiny.generate_function is None
+    assert tiny.generate_function is own_function
+    assert np.array_equal(sampler.variables[0], seed)
+
+
+@pytest.mark.parametrize("stops", quick([KeyboardInterrupt], [RuntimeError]))
+@pytest.mark.parametrize("ask", [gl.generate, lambda *args, **named: [*gl.stream(*args, **named)]])
+def test_a_call_that_breaks_off_leaves_the_model_as_it_was(tiny, ask, stops):
+    class Broken(keras_hub.samplers.GreedySampler):
+        broken = True
+
+        def get_next_token(self, probabilities):
+            if self.broken:
+                raise stops
+            return super().get_next_token(probabilities)
+
+    sampler, before = Broken(), (tiny.sampler, tiny.generate_function)
+    options = {"template": None, "max_new_tokens": 2}
+    with pytest.raises(stops):
+        ask(tiny, START, sampler=sampler, **options)
+    assert (tiny.sampler, tiny.generate_function) == before
+    sampler.broken = False
+    assert "".join(ask(tiny, START, sampler=sampler, **options)) == "Paris"
+
+
+def test_what_was_compiled_for_an_equal_sampler_is_used_again(tiny_lora, steps):
+    def ask(**options):
+        options = {"max_new_tokens": 4} | options
+        gl.generate(tiny_lora, QUESTION, **options)
+        [*gl.stream(tiny_lora, QUESTION, **options)]
+
+    ask(sampler="top_k", seed=1)
+    # The loop; and the pass over the prompt and one token.
+    assert len(steps) == 3
+    ask(sampler=keras_hub.samplers.TopKSampler(k=5, seed=9), seed=2)
+    ask(sampler="top_k", max_new_tokens=5)
+    with gl.adapters_off(tiny_lora):
+        ask(sampler="top_k")
+    assert len(steps) == 3
+    gl.generate(tiny_lora, QUESTION, sampler=keras_hub.samplers.TopKSampler(k=4), max_new_tokens=4)
+    assert len(steps) == 4
+    gl.remove_adapter(tiny_lora)
+    assert not state_of(tiny_lora).samplers
 
 
 def test_a_sampler_of_ones_own_is_used(tiny):
@@ -107,11 +268,12 @@ def test_a_sampler_of_ones_own_is_used(tiny):
     )
 
 
-def test_max_new_tokens_bounds_every_answer(tiny):
-    prompts = [QUESTION, QUESTION * 6]
+def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
     tokenizer = tokenizer_of(tiny)
-    for answer in gl.generate(tiny, prompts, max_new_tokens=3):
-        assert len(tokenizer.encode([answer])) <= 4  # cut text may encode otherwise, by a token
+    for word in ("Paris", "river"):
+        tokens = tokenizer.encode([word])
+        options = {"template": None, "max_new_tokens": len(tokens), "seed": 0}
+        assert gl.generate(tiny, START, sampler=Scripted(tokens), **options) == word
 
 
 @pytest.mark.parametrize(
@@ -129,26 +291,45 @@ def test_wrong_arguments_are_refused(tiny, arguments, message):
         gl.generate(tiny, **arguments)
 
 
-def test_no_prompts_no_answers(tiny):
-    assert gl.generate(tiny, []) == []
+# Streaming
 
 
-def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
-    class Without(keras_hub.samplers.GreedySampler):
-        def __init__(self, token):
-            super().__init__()
-            self.token = token
+@pytest.mark.parametrize("sampler", quick(["top_p"], ["greedy", "top_k", "random"]))
+@pytest.mark.parametrize(
+    "prompt", quick([{"instruction": "Who?", "context": "é 日本 🌍 " * 3}], [QUESTION])
+)
+def test_streamed_pieces_are_the_answer(tiny, sampler, prompt):
+    options = {"sampler": sampler, "seed": 4, "max_new_tokens": 24}
+    pieces = [*gl.stream(tiny, prompt, **options)]
+    assert "".join(pieces) == gl.generate(tiny, prompt, **options)
+    assert len(pieces) > 3 and all(pieces)
 
-        def get_next_token(self, probabilities):
-            row = keras.ops.one_hot(self.token, probabilities.shape[-1])
-            return keras.ops.argmax(probabilities - row, axis=-1)
 
-    first = gl.generate(tiny, "The capital of France is", template=None, max_new_tokens=1)
-    token = tokenizer_of(tiny).encode([" Paris"])[0]
-    answers = [
-        gl.generate(
-            tiny, "The capital of France is", template=None, max_new_tokens=1, sampler=Without(t)
-        )
-        for t in (3, token)
-    ]
-    assert answers[0] == first != answers[1]
+def test_a_piece_holds_whole_characters(tiny):
+    """Also where the end token, or the limit, cuts a character in two."""
+    tokenizer = tokenizer_of(tiny)
+    globe = tokenizer.encode([" 🌍"])
+    assert len(globe) > 4, "the vocabulary is to lack this character"
+    tokens = [*tokenizer.encode([" a 🌍"]), *globe[:-1], tokenizer.id_of("<eos>"), *[0] * 16]
+    options = {"sampler": Scripted(tokens), "seed": 0}
+    for new_tokens in (16, 10, 3):
+        pieces = [*gl.stream(tiny, QUESTION, max_new_tokens=new_tokens, **options)]
+        assert "".join(pieces) == gl.generate(tiny, QUESTION, max_new_tokens=new_tokens, **options)
+        assert all(pieces) and not any("\ufffd" in piece for piece in pieces[:-1])
+        assert new_tokens == 3 or "🌍" in pieces[1]
+
+
+def test_a_stream_can_be_left_and_another_answer_asked_for_between(tiny):
+    sampler, stream = tiny.sampler, gl.stream(tiny, QUESTION, max_new_tokens=8)
+    first = next(stream)
+    answer = gl.generate(tiny, QUESTION, max_new_tokens=8)
+    assert first + "".join(stream) == answer
+    next(gl.stream(tiny, QUESTION, max_new_tokens=8))
+    assert tiny.sampler is sampler
+
+
+def test_what_cannot_be_streamed_is_said(tiny):
+    with pytest.raises(ValueError, match="BeamSampler keeps several answers"):
+        next(gl.stream(tiny, QUESTION, sampler="beam"))
+    with pytest.raises(ValueError, match="A prompt is text"):
+        next(gl.stream(tiny, ""))
