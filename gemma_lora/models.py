@@ -66,9 +66,7 @@ class State:
     trainable: list | None = (
         None  # layers and weights, and whether they trained before the adapters came
     )
-    merges: list = field(
-        default_factory=list
-    )  # of each `Merge` into the kernels, the last one last
+    merges: list = field(default_factory=list)  # the last `Merge` into the kernels, if any
     tokenizer: Any = None
     steps: dict = field(default_factory=dict)  # compiled, see `loss`
     samplers: dict = field(default_factory=dict)
