@@ -54,9 +54,8 @@ class Evaluation(ShowsAsTable):
     def share(self, *categories: str) -> float:
         """Return the share of right answers over some categories, or over all.
 
-        >>> measured = Evaluation(
-        ...     0.5, 0.9, right={"open_qa": 9, "other": 0}, asked={"open_qa": 10, "other": 10}
-        ... )
+        >>> right, asked = {"open_qa": 9, "other": 0}, {"open_qa": 10, "other": 10}
+        >>> measured = Evaluation(0.5, 0.9, right=right, asked=asked)
         >>> measured.share("open_qa"), measured.share()
         (0.9, 0.45)
 
@@ -87,8 +86,8 @@ class Evaluation(ShowsAsTable):
         """
         share = self.share(*categories)
         n = sum(self.asked[name] for name in categories or self.asked)
-        # Wilson's formula, the solutions p of (share - p)^2 = z^2 p (1 - p) / n:
-        # (share + z^2 / 2n -+ z sqrt(share (1 - share) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+        # The ends are the two solutions p of (share - p)^2 = z^2 p (1 - p) / n: true
+        # shares from which the measured one is just z standard deviations away.
         middle = share + _Z**2 / (2 * n)
         reach = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
         low = (middle - reach) / (1 + _Z**2 / n)

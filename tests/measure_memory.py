@@ -1,7 +1,11 @@
 # ruff: noqa: E402, I001 (the setup comes before Keras)
-"""Measure what training and answering really need of memory, beside what a budget says. Linux only; prints JSON rows.
+"""Measure the memory that training and answering need, beside what a budget says.
 
-The peak is that of the process's resident memory, set back before; taken off is what is left when all arrays are gone.
+python tests/measure_memory.py quick|full
+
+It prints JSON rows, and runs on Linux only. The peak is that of the process's resident
+memory, reset before each measurement. What is left when all arrays are gone is
+subtracted.
 """
 
 import ctypes
@@ -10,45 +14,41 @@ import json
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import gemma_lora as gl
 
 gl.setup(seed=0)
 
 import jax
-import keras
 import keras_hub
-from gemma_lora.tokens import tokenizer_of
+from gemma_lora import training
 from gemma_lora.models import state_of
+from gemma_lora.tokens import tokenizer_of
 
 MIB = 2**20
-SMALL = {"vocabulary_size": 8_000, "num_layers": 4, "num_query_heads": 4, "num_key_value_heads": 1}
-SMALL |= {"hidden_dim": 320, "intermediate_dim": 2560, "head_dim": 80}
+SMALL = {
+    "vocabulary_size": 8_000, "num_layers": 4, "num_query_heads": 4, "num_key_value_heads": 1,
+    "hidden_dim": 320, "intermediate_dim": 2560, "head_dim": 80,
+}  # fmt: skip
 MIDDLE = {
-    "vocabulary_size": 32_000,
-    "num_layers": 8,
-    "num_query_heads": 8,
-    "num_key_value_heads": 1,
-}
-MIDDLE |= {"hidden_dim": 768, "intermediate_dim": 6144, "head_dim": 96}
+    "vocabulary_size": 32_000, "num_layers": 8, "num_query_heads": 8, "num_key_value_heads": 1,
+    "hidden_dim": 768, "intermediate_dim": 6144, "head_dim": 96,
+}  # fmt: skip
 LARGE = {
-    "vocabulary_size": 64_000,
-    "num_layers": 16,
-    "num_query_heads": 8,
-    "num_key_value_heads": 1,
-}
-LARGE |= {"hidden_dim": 1024, "intermediate_dim": 8192, "head_dim": 128}
+    "vocabulary_size": 64_000, "num_layers": 16, "num_query_heads": 8, "num_key_value_heads": 1,
+    "hidden_dim": 1024, "intermediate_dim": 8192, "head_dim": 128,
+}  # fmt: skip
 MANY_KV = {"num_key_value_heads": 4}
 NORMS = {
-    "use_post_ffw_norm": True,
-    "use_post_attention_norm": True,
-    "use_sliding_window_attention": True,
-}
-NORMS |= {"num_key_value_heads": 2, "sliding_window_size": 128}
+    "use_post_ffw_norm": True, "use_post_attention_norm": True, "num_key_value_heads": 2,
+    "use_sliding_window_attention": True, "sliding_window_size": 128,
+}  # fmt: skip
 GEMMA2 = {**NORMS, "attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0}
 GEMMA3 = {**NORMS, "image_size": None, "vision_encoder": None}
 
-# (model, its geometry if it is random, dtype, rank, targets, batch size or prompts, sequence length)
+# Each row: model, its geometry if it is random, dtype, rank, targets, batch size (or
+# prompts), sequence length.
 TRAINING = {
     "quick": [
         ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 256),
@@ -70,10 +70,12 @@ TRAINING = {
         ("Gemma 3", LARGE | GEMMA3, "bfloat16", 4, "query_value", 2, 256),
     ],
 }
-# The library that XLA has products computed by on a CPU takes room of its own, which no account shows: with a long
-# prompt, some arrays of the feed-forward layers. Where the weights weigh most, it is little.
+# On a CPU, XLA leaves products to a library that takes room of its own, which no
+# account shows: with a long prompt, some arrays of the feed-forward layers. It matters
+# little where the weights are the most of it.
 ANSWERING = {
-    "quick": [],  # it varies by a fifth where other programs run at the same time
+    # It varies by a fifth while other programs run.
+    "quick": [],
     "full": [
         ("tiny_gemma_en", None, "float32", 4, "query_value", 32, 512),
         ("Gemma 1", MIDDLE, "float32", 4, "query_value", 2, 192),
@@ -85,6 +87,7 @@ ANSWERING = {
 
 
 def main(which: str) -> None:
+    """Print a row for each measurement of TRAINING and ANSWERING."""
     for answering in (False, True):
         for row in (ANSWERING if answering else TRAINING)[which]:
             start = time.monotonic()
@@ -103,47 +106,65 @@ def measured(
     *,
     answering: bool,
 ) -> dict:
+    """Measure one row: the peak, and the budget by count and by the compiler."""
     model = gl.load(name, dtype=dtype) if geometry is None else random_gemma(geometry, dtype)
     gl.enable_lora(model, rank=rank, targets=targets)
     size = {"prompts": rows} if answering else {"batch_size": rows}
     budget = gl.memory_budget(model, sequence_length=length, **size)
-    counted, compiled = budget.estimate.total, budget.training
     if answering:
-        counted, compiled = budget.estimated_generation, budget.generation
-    peak = (answer if answering else train)(model, rows, length)
-    values = {
+        counted = budget.estimated_generation
+        compiled = budget.generation
+        peak = answer(model, rows, length)
+    else:
+        counted = budget.estimate.total
+        compiled = budget.training
+        peak = train(model, rows, length)
+    return {
         "what": "answering" if answering else "training",
         "model": name,
         "parameters": budget.parameters,
+        "dtype": dtype,
+        "targets": targets,
+        "rank": rank,
+        "rows": rows,
+        "length": length,
+        "counted": counted,
+        "compiled": compiled,
+        "measured": peak,
     }
-    values |= {"dtype": dtype, "targets": targets, "rank": rank, "rows": rows, "length": length}
-    return values | {"counted": counted, "compiled": compiled, "measured": peak}
 
 
 def random_gemma(geometry: dict, dtype: str):
+    """Make a model of this geometry, with the tokenizer of the small one."""
     family = "Gemma3" if "image_size" in geometry else "Gemma"
     backbone = getattr(keras_hub.models, f"{family}Backbone")(**geometry, dtype=dtype)
     model = getattr(keras_hub.models, f"{family}CausalLM")(backbone=backbone, preprocessor=None)
     state_of(model).tokenizer = tokenizer = gl.load_tokenizer()
-    tokenizer.decode = lambda ids: ""  # the vocabulary of the small model has not all of them
+    # The small model's vocabulary does not have all ids of a larger one.
+    tokenizer.decode = lambda ids: ""
     return model
 
 
 def train(model, rows: int, length: int) -> int:
-    """Peak of the steps after the first, which compiles."""
+    """Return the peak of the steps after the first, which compiles."""
     record = {"instruction": "Name rivers.", "context": "", "response": "river " * length}
-    callback = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda step, logs: step or reset(logs["loss"])
-    )
-    callback.async_safe = True  # as in use: Keras need not wait for each step
     settings = {"batch_size": rows, "sequence_length": length, "verbose": 0}
-    gl.fit(model, [record] * (3 * rows), callbacks=[callback], **settings)
+    wait = training._wait_for_step_before
+
+    def begin_peak(sums, index: int) -> None:
+        wait(sums, index)
+        if index == 1:
+            reset(sums)
+
+    # Not a Keras callback: for callbacks, `fit` keeps copies of adapters and optimizer.
+    with mock.patch.object(training, "_wait_for_step_before", begin_peak):
+        gl.fit(model, [record] * (3 * rows), **settings)
     assert model.gemma_lora.run["tokens"] == 3 * rows * length
-    trainer = model.gemma_lora.trainer
-    return what_goes_with(trainer.variables + trainer.optimizer.variables)
+    return what_goes_with(model.variables)
 
 
 def answer(model, rows: int, length: int) -> int:
+    """Return the peak of answering prompts a second time; the first compiles."""
     prompt = "river " * (length - 40)
     assert length - 64 < len(tokenizer_of(model).prompt(None, prompt)) + 2 <= length
     gl.generate(model, [prompt] * rows, template=None, max_new_tokens=2)
@@ -153,13 +174,14 @@ def answer(model, rows: int, length: int) -> int:
 
 
 def reset(computed=None) -> None:
+    """Wait for `computed`, and begin a new peak."""
     jax.block_until_ready(computed)
     trim()
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def what_goes_with(variables: list) -> int:
-    """The peak since `reset`, less what stays without these arrays."""
+    """Return the peak since `reset`, less what stays without these arrays."""
     peak = status("VmHWM")
     for variable in variables:
         if not variable.value.is_deleted():
@@ -169,11 +191,13 @@ def what_goes_with(variables: list) -> int:
 
 
 def trim() -> None:
+    """Return memory that is free to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def status(key: str) -> int:
+    """Read a size from the process's status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
