@@ -1,4 +1,9 @@
-"""Measure a model on what it has not seen, and show base and tuned side by side."""
+"""Measure a model on held-out records, and show base and tuned side by side.
+
+Three measures are here: loss per token, the share of answers that are right word for
+word, and how much texts repeat themselves. `measure_loss` in `training` runs the
+batches, and `generate` in `sampling` asks the questions.
+"""
 
 import math
 from collections import Counter
@@ -15,16 +20,21 @@ from gemma_lora.templates import text_pieces
 from gemma_lora.tokens import Encoded, encode, shift_for_next_token, tokenizer_of
 from gemma_lora.training import measure_loss
 
+# Of a normal distribution, 95 % lie within so many standard deviations.
+_Z = 1.96
+
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(ShowsAsTable):
     """What `evaluate` measured. Shows as a table.
 
     Attributes:
-        loss: Mean cross-entropy of the response tokens, end token included, in nats a token.
+        loss: Mean cross-entropy of the response tokens, end token included, in nats a
+            token.
         token_accuracy: Share of those tokens that are the most likely one.
         truncated, dropped: Records whose response was cut, or had no room at all.
-        right, asked: For each category, answers right word for word, and questions asked; empty if none were.
+        right, asked: For each category, how many answers were right word for word, and
+            how many questions were asked. Empty if none were.
         answers: The answers, in the order of the records.
     """
 
@@ -42,10 +52,15 @@ class Evaluation(ShowsAsTable):
         return math.exp(self.loss)
 
     def share(self, *categories: str) -> float:
-        """Share of right answers over some categories, or over all.
+        """Return the share of right answers over some categories, or over all.
 
-        >>> Evaluation(0.5, 0.9, right={"open_qa": 9, "other": 0}, asked={"open_qa": 10, "other": 10}).share("open_qa")
-        0.9
+        >>> right, asked = {"open_qa": 9, "other": 0}, {"open_qa": 10, "other": 10}
+        >>> measured = Evaluation(0.5, 0.9, right=right, asked=asked)
+        >>> measured.share("open_qa"), measured.share()
+        (0.9, 0.45)
+
+        Raises:
+            ValueError: No question was asked, or none of such a category.
         """
         chosen = categories or tuple(self.asked)
         if not chosen:
@@ -54,96 +69,138 @@ class Evaluation(ShowsAsTable):
             )
         if unknown := set(chosen) - set(self.asked):
             raise ValueError(
-                f"No question of category {sorted(unknown)} was asked; there are: {sorted(self.asked)}."
+                f"No question of category {sorted(unknown)} was asked; there are: "
+                f"{sorted(self.asked)}."
             )
         return sum(self.right[name] for name in chosen) / sum(self.asked[name] for name in chosen)
 
     def interval(self, *categories: str) -> tuple[float, float]:
-        """95 % confidence interval of `share`, by Wilson (1927): right near 0 and 1 too, and for few questions.
+        """Return the 95 % confidence interval of `share`, by Wilson (1927).
 
-        >>> low, high = Evaluation(0.5, 0.9, right={"open_qa": 9}, asked={"open_qa": 10}).interval()
+        It shows how far off the share could be, given how few questions were asked. It
+        also holds near 0 and 1, and for few questions.
+
+        >>> low, high = Evaluation(0.5, 0.9, right={"a": 9}, asked={"a": 10}).interval()
         >>> f"{low:.2f} to {high:.2f}"
         '0.60 to 0.98'
         """
-        share, z = self.share(*categories), 1.96
+        share = self.share(*categories)
         n = sum(self.asked[name] for name in categories or self.asked)
-        middle = share + z**2 / (2 * n)
-        reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-        low, high = (middle - reach) / (1 + z**2 / n), (middle + reach) / (1 + z**2 / n)
-        return min(low, share), max(
-            high, share
-        )  # at 0 and 1 rounding would leave the share itself out
+        # The ends are the two solutions p of (share - p)^2 = z^2 p (1 - p) / n: true
+        # shares from which the measured one is just z standard deviations away.
+        middle = share + _Z**2 / (2 * n)
+        reach = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+        low = (middle - reach) / (1 + _Z**2 / n)
+        high = (middle + reach) / (1 + _Z**2 / n)
+        # At 0 and 1, rounding could leave the share itself outside.
+        return min(low, share), max(high, share)
 
     def table(self) -> Table:
-        """A row for each category, under a caption with the loss."""
+        """Return a row for each category, under a caption with the loss."""
         rows = []
         for name, asked in self.asked.items():
             low, high = self.interval(name)
-            row = {
-                "category": name,
-                "asked": asked,
-                "right": self.right[name],
-                "share": f"{self.share(name):.1%}",
-            }
-            rows.append(row | {"95 % interval": f"{low:.0%} to {high:.0%}"})
-        caption = f"loss {self.loss:.3f} a token, perplexity {self.perplexity:.2f}, accuracy {self.token_accuracy:.1%}"
+            rows.append(
+                {
+                    "category": name,
+                    "asked": asked,
+                    "right": self.right[name],
+                    "share": f"{self.share(name):.1%}",
+                    "95 % interval": f"{low:.0%} to {high:.0%}",
+                }
+            )
+        caption = (
+            f"loss {self.loss:.3f} a token, perplexity {self.perplexity:.2f}, "
+            f"accuracy {self.token_accuracy:.1%}"
+        )
         if self.truncated or self.dropped:
             caption += f" ({self.truncated:,} records cut, {self.dropped:,} left out)"
-        return Table(rows, caption=caption + ("; answers right word for word:" if rows else ""))
+        if rows:
+            caption += "; answers right word for word:"
+        return Table(rows, caption=caption)
 
 
 def evaluate(model, records, *, answers: bool | None = None, template=None) -> Evaluation:
-    """Measure loss per real token on records, and the share of answers that are right word for word.
+    """Measure the loss per token on records, and the share of right answers.
+
+    An answer is right if it is the record's response word for word.
 
     Args:
         model: With or without adapters.
         records: Held-out records.
-        answers: Whether to ask every question (greedy) and compare the answers. None asks where exact answers can be
-            expected: on the small world.
-        template: As in `fit`. None means the template of training, or the one recommended for the model.
+        answers: Whether to ask every question (greedy) and compare the answers. None
+            asks where exact answers can be expected: on the small world.
+        template: As in `fit`. None means the template of training, or the one
+            recommended for the model.
+
+    Raises:
+        ValueError: A record is invalid.
+        MemoryError: Memory ran out. The message names settings that should fit.
     """
     state = state_of(model)
-    template = template_of(model) if template is None else template
-    length = (state.run or {}).get("sequence_length", state.settings.sequence_length)
+    if template is None:
+        template = template_of(model)
+    # Records are cut as in training.
+    run = state.run or {}
+    length = run.get("sequence_length", state.settings.sequence_length)
     encoded = encode(model, records, template=template, sequence_length=length)
-    measured = (*_measure(model, encoded), encoded.truncated, encoded.dropped)
-    if not (state.settings.exact_answers if answers is None else answers):
-        return Evaluation(*measured)
-    given = generate(model, list(records), template=template)
-    asked, right = Counter(), Counter()
-    for record, answer in zip(records, given, strict=True):
-        category = record.get("category") or "all"
-        asked[category] += 1
-        right[category] += answer.split() == record["response"].split()
-    order = [name for name, _ in asked.most_common()]
-    return Evaluation(*measured, {c: right[c] for c in order}, {c: asked[c] for c in order}, given)
+    loss, accuracy = _measure(model, encoded)
+
+    given = []
+    asked = Counter()
+    right = Counter()
+    if state.settings.exact_answers if answers is None else answers:
+        given = generate(model, list(records), template=template)
+        for record, answer in zip(records, given, strict=True):
+            category = record.get("category") or "all"
+            asked[category] += 1
+            if answer.split() == record["response"].split():
+                right[category] += 1
+    # The category with the most questions comes first.
+    categories = [name for name, _ in asked.most_common()]
+    return Evaluation(
+        loss=loss,
+        token_accuracy=accuracy,
+        truncated=encoded.truncated,
+        dropped=encoded.dropped,
+        right={name: right[name] for name in categories},
+        asked={name: asked[name] for name in categories},
+        answers=given,
+    )
 
 
 def perplexity(model, texts: Sequence[str]) -> float:
-    """Perplexity per token of plain texts, without a template: what tuning costs a model in what it knew before.
+    """Measure the perplexity per token of plain texts, without a template.
 
-    Each text is read from `<bos>` to `<eos>` and cut to the recommended sequence length.
+    It shows what tuning costs a model of what it knew before. Each text is read from
+    `<bos>` to `<eos>`, and cut to the recommended sequence length.
+
+    Args:
+        model: With or without adapters.
+        texts: One text, or several.
+
+    Raises:
+        ValueError: There is no text, or nothing but white space.
     """
-    tokenizer, length = tokenizer_of(model), state_of(model).settings.sequence_length
+    tokenizer = tokenizer_of(model)
+    length = state_of(model).settings.sequence_length
     end = tokenizer.id_of("<eos>")
-    texts = [texts] if isinstance(texts, str) else texts
-    examples = [
-        shift_for_next_token(
-            [tokenizer.bos_id], [*tokenizer.encode(text_pieces(text)), end][:length]
-        )
-        for text in texts
-        if text.strip()
-    ]
+    examples = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        if text.strip():
+            ids = [*tokenizer.encode(text_pieces(text)), end]
+            examples.append(shift_for_next_token([tokenizer.bos_id], ids[:length]))
     if not examples:
         raise ValueError("There is no text to measure.")
-    return math.exp(_measure(model, Encoded(examples, tokenizer.pad_id))[0])
+    loss, _ = _measure(model, Encoded(examples, tokenizer.pad_id))
+    return math.exp(loss)
 
 
 def _measure(model, encoded: Encoded) -> tuple[float, float]:
-    """Loss and accuracy per token that counts."""
+    """Return loss (nats) and accuracy, per token that counts."""
     batches = Batches(encoded, batch_tokens=state_of(model).settings.batch_tokens)
-    shape = dict(zip(("batch_size", "sequence_length"), batches.shape, strict=True))
-    with explained_out_of_memory(model, answering=False, **shape):
+    rows, length = batches.shape
+    with explained_out_of_memory(model, answering=False, batch_size=rows, sequence_length=length):
         logs = measure_loss(model, batches)
     return logs["loss"], logs["accuracy"]
 
@@ -156,44 +213,63 @@ def compare(
     seed: int | None = None,
     max_new_tokens=None,
 ) -> Table:
-    """Ask base and tuned the same, from one loaded model, side by side. The options are those of `generate`."""
+    """Ask base and tuned the same, from one loaded model, side by side.
+
+    Args:
+        model: A model with adapters. For the base's answers they are switched off.
+        prompts: One prompt or several, as in `generate`: texts, or records. The table
+            has a column with the responses, if a record has one.
+        sampler, seed, max_new_tokens: As in `generate`.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
     if not lora_layers(model):
         raise ValueError(
             "The model has no adapters, so nothing to compare. Call gl.enable_lora() and gl.fit()."
         )
-    prompts = [prompts] if isinstance(prompts, str | Mapping) else prompts
+    if isinstance(prompts, str | Mapping):
+        prompts = [prompts]
     options = {"sampler": sampler, "seed": seed, "max_new_tokens": max_new_tokens}
     tuned = generate(model, prompts, **options)
     with adapters_off(model):
         base = generate(model, prompts, **options)
+
     records = [{"instruction": prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
-    columns = {
-        "prompt": [record["instruction"] for record in records],
-        "base": base,
-        "tuned": tuned,
-    }
-    if any(record.get("response") for record in records):
-        columns["response"] = [record.get("response", "") for record in records]
-    return Table(
-        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
-        width=40,
-    )
+    with_responses = any(record.get("response") for record in records)
+    rows = []
+    for record, base_answer, tuned_answer in zip(records, base, tuned, strict=True):
+        row = {"prompt": record["instruction"], "base": base_answer, "tuned": tuned_answer}
+        if with_responses:
+            row["response"] = record.get("response", "")
+        rows.append(row)
+    return Table(rows, width=40)
 
 
 def distinct(texts: Sequence[str], *, n: int = 2) -> float:
-    """Different n-grams of words, divided by all n-grams, over all texts: distinct-n.
+    """Return distinct-n: the share of all n-grams of words that differ from each other.
 
-    1 means that no n words follow each other twice; the lower, the more is said again. (Li et al., 2016,
-    arXiv:1510.03055, divide by all words instead.)
+    1 means that no n words follow each other twice. The lower it is, the more is said
+    again. (Li et al., 2016, arXiv:1510.03055, divide by the number of words instead.)
 
     >>> distinct(["the sea the sea the sun"])
     0.6
+
+    Args:
+        texts: One text, or several, whose n-grams are counted together.
+        n: How many words.
+
+    Raises:
+        ValueError: `n` is not a positive integer, or no text has so many words.
     """
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n counts words, 1 or more. Received: {n!r}")
-    texts = [texts] if isinstance(texts, str) else texts
-    words = [text.split() for text in texts]
-    ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    if isinstance(texts, str):
+        texts = [texts]
+    ngrams = []
+    for text in texts:
+        words = text.split()
+        ngrams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     if not ngrams:
         raise ValueError(f"No text has {n} words. Received: {list(texts)!r:.80}")
     return len(set(ngrams)) / len(ngrams)

@@ -1,17 +1,19 @@
-"""What a run will need of memory, known before anything is downloaded, and said again where memory runs out.
+"""Estimate a run's memory before any download, and again when memory runs out.
 
-For the backend at hand, the training step and the generation loop are compiled for arrays that do not exist, and the
-compiler says what it would reserve. For a device that is not there, the same parts are counted.
+For the backend at hand, the programs of training and answering are compiled for arrays
+that have a shape but no values, and the compiler says how much it would reserve. For a
+device that is not here, the same parts are counted with a formula.
+
+The file goes from a model's shape to what is counted, to what the compiler says, to a
+table of devices, and to advice for a run that does not fit. How a program is run is in
+`loss`, `training` and `sampling`.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
 
 import jax
 import keras
@@ -24,25 +26,29 @@ from gemma_lora.loss import CHUNK, frozen_values, optimizer_for, start_state, tr
 from gemma_lora.models import TINY, local_folder, recommended, state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
+GIB = 2**30
 
-def _geometry(
-    layers: int, query: int, key_value: int, hidden: int, intermediate: int, head: int, **more
-) -> dict:
-    names = (
-        "num_layers",
-        "num_query_heads",
-        "num_key_value_heads",
-        "hidden_dim",
-        "intermediate_dim",
-        "head_dim",
-    )
-    return (
-        dict(zip(names, (layers, query, key_value, hidden, intermediate, head), strict=True)) | more
-    )
+# Bytes of a weight and of an activation.
+BYTES = {
+    "float32": (4, 4),
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
+    "mixed_bfloat16": (4, 2),
+    "mixed_float16": (4, 2),
+}
+
+# About what programs can use of a device's memory, in GiB. The driver keeps the rest.
+DEVICES = {"T4": 14.6, "L4": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}
+
+# A peak above this share of a device's memory fits "just": estimates can be off.
+_SAFE = 0.95
+
+# Advice does not go below this many tokens, and names this preset as a smaller one.
+_SHORTEST = 64
+_SMALL = "gemma3_270m"
 
 
-# The text part of every size, as the arguments of KerasHub's backbones: Gemma 1 and 2 count gate and value in
-# intermediate_dim together, Gemma 3 counts one of them. Tests compare them with KerasHub's own parameter counts.
+# What the architectures share, as arguments of KerasHub's backbones.
 _NORMS = {
     "use_post_ffw_norm": True,
     "use_post_attention_norm": True,
@@ -57,31 +63,154 @@ _GEMMA3 = {
     "sliding_window_size": 1024,
     **_NORMS,
 }
+
+
+def _geometry(
+    family: dict, layers: int, heads: int, key_value_heads: int, hidden: int, inner: int, head: int
+) -> dict:
+    return {
+        "num_layers": layers,
+        "num_query_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "hidden_dim": hidden,
+        "intermediate_dim": inner,
+        "head_dim": head,
+        **family,
+    }
+
+
+# The text part of every size. The columns are layers, query heads, key/value heads,
+# hidden width, feed-forward width and head width. Gemma 1 and 2 count gate and value
+# together in the feed-forward width, Gemma 3 counts one of them. Tests compare each row
+# with KerasHub's own count of parameters.
 GEOMETRIES = {
-    "gemma_2b": _geometry(18, 8, 1, 2048, 32768, 256, **_GEMMA),
-    "gemma_7b": _geometry(28, 16, 16, 3072, 49152, 256, **_GEMMA),
-    "vault_gemma_1b": _geometry(26, 4, 4, 1152, 13824, 256, **_GEMMA),
-    "gemma2_2b": _geometry(26, 8, 4, 2304, 18432, 256, **_GEMMA2),
-    "gemma2_9b": _geometry(42, 16, 8, 3584, 28672, 256, **_GEMMA2),
-    "gemma2_27b": _geometry(46, 32, 16, 4608, 73728, 128, **_GEMMA2),
-    "gemma3_270m": _geometry(18, 4, 1, 640, 2048, 256, **_GEMMA3),
-    "gemma3_1b": _geometry(26, 4, 1, 1152, 6912, 256, **_GEMMA3),
-    "gemma3_4b": _geometry(34, 8, 4, 2560, 10240, 256, **_GEMMA3),
-    "gemma3_12b": _geometry(48, 16, 8, 3840, 15360, 256, **_GEMMA3),
-    "gemma3_27b": _geometry(62, 32, 16, 5376, 21504, 128, **_GEMMA3),
+    "gemma_2b": _geometry(_GEMMA, 18, 8, 1, 2048, 32768, 256),
+    "gemma_7b": _geometry(_GEMMA, 28, 16, 16, 3072, 49152, 256),
+    "vault_gemma_1b": _geometry(_GEMMA, 26, 4, 4, 1152, 13824, 256),
+    "gemma2_2b": _geometry(_GEMMA2, 26, 8, 4, 2304, 18432, 256),
+    "gemma2_9b": _geometry(_GEMMA2, 42, 16, 8, 3584, 28672, 256),
+    "gemma2_27b": _geometry(_GEMMA2, 46, 32, 16, 4608, 73728, 128),
+    "gemma3_270m": _geometry(_GEMMA3, 18, 4, 1, 640, 2048, 256),
+    "gemma3_1b": _geometry(_GEMMA3, 26, 4, 1, 1152, 6912, 256),
+    "gemma3_4b": _geometry(_GEMMA3, 34, 8, 4, 2560, 10240, 256),
+    "gemma3_12b": _geometry(_GEMMA3, 48, 16, 8, 3840, 15360, 256),
+    "gemma3_27b": _geometry(_GEMMA3, 62, 32, 16, 5376, 21504, 128),
 }
-_VISION = range(410_000_000, 430_000_000)  # parameters of Gemma 3's vision encoder
-BYTES = {
-    "float32": (4, 4),
-    "bfloat16": (2, 2),
-    "float16": (2, 2),
-}  # of a weight, and of an activation
-BYTES |= {"mixed_bfloat16": (4, 2), "mixed_float16": (4, 2)}
+
+# Parameters of Gemma 3's vision encoder, which a preset may have beside its text part.
+_VISION = range(410_000_000, 430_000_000)
+
+
+def _is_gemma3(geometry: dict) -> bool:
+    return "image_size" in geometry
+
+
+def kernel_shapes(geometry: dict) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one decoder block's linear kernels, by name.
+
+    >>> kernel_shapes(GEOMETRIES["gemma_2b"])["query"]
+    (8, 2048, 256)
+    """
+    hidden = geometry["hidden_dim"]
+    head = geometry["head_dim"]
+    heads = geometry["num_query_heads"]
+    key_value_heads = geometry["num_key_value_heads"]
+    inner = geometry["intermediate_dim"]
+    if not _is_gemma3(geometry):
+        inner //= 2
+    return {
+        "query": (heads, hidden, head),
+        "key": (key_value_heads, hidden, head),
+        "value": (key_value_heads, hidden, head),
+        "attention_output": (heads, head, hidden),
+        "ffw_gating": (hidden, inner),
+        "ffw_gating_2": (hidden, inner),
+        "ffw_linear": (inner, hidden),
+    }
+
+
+def count_parameters(geometry: dict) -> int:
+    """Count a base model's parameters: embedding, kernels and norms.
+
+    >>> count_parameters(GEOMETRIES["gemma_2b"])
+    2506172416
+    """
+    hidden = geometry["hidden_dim"]
+    kernels = sum(math.prod(shape) for shape in kernel_shapes(geometry).values())
+    # Two norms before attention and feed-forward part, and up to two after them.
+    norms = 2 * hidden
+    if geometry.get("use_post_ffw_norm", False):
+        norms += hidden
+    if geometry.get("use_post_attention_norm", False):
+        norms += hidden
+    if _is_gemma3(geometry) and geometry.get("use_query_key_norm", True):
+        norms += 2 * geometry["head_dim"]
+    embedding = geometry["vocabulary_size"] * hidden
+    last_norm = hidden
+    return embedding + geometry["num_layers"] * (kernels + norms) + last_norm
+
+
+def geometry_of(preset: str) -> tuple[dict, bool]:
+    """Return the shape of a preset's text part, and whether it has a vision part.
+
+    Raises:
+        ValueError: The preset is not a Gemma, or its shape is not known without a
+            download.
+    """
+    if folder := local_folder(preset):
+        config = json.loads((folder / "config.json").read_text())
+        class_name = config.get("class_name", "another format")
+        return geometry_of_config(config.get("config", {}), class_name, preset)
+
+    # KerasHub lists its presets with their parameters, which no two shapes share.
+    parameters = _listed_parameters(preset)
+    for geometry in GEOMETRIES.values():
+        text = count_parameters(geometry)
+        if parameters == text:
+            return geometry, False
+        if parameters - text in _VISION:
+            return geometry, True
+    raise ValueError(
+        f"The shape of {preset!r} is not known without downloading it. Known are KerasHub's "
+        "presets of Gemma 1, 2 and 3, by name or kaggle:// handle, folders, and loaded models."
+    )
+
+
+def _listed_parameters(preset: str) -> int:
+    """Return the parameters that KerasHub lists for a preset; 0 if it lists none."""
+    handle = Source(preset).handle
+    for name, entry in keras_hub.models.CausalLM.presets.items():
+        if name == preset or entry["kaggle_handle"].endswith(f"//{handle}"):
+            return entry["metadata"].get("params", 0)
+    return 0
+
+
+def geometry_of_config(config: dict, class_name: str, name: str) -> tuple[dict, bool]:
+    """Do as `geometry_of`, for the configuration of a KerasHub backbone.
+
+    Raises:
+        ValueError: `class_name` is not that of a Gemma backbone.
+    """
+    if class_name not in ("GemmaBackbone", "Gemma3Backbone"):
+        raise ValueError(
+            f"Budgets are for Gemma 1, 2 and 3. Received: {name!r}, which is of {class_name}"
+        )
+    geometry = {
+        key: value for key, value in config.items() if key not in ("name", "trainable", "dtype")
+    }
+    if class_name == "Gemma3Backbone":
+        geometry |= {"image_size": None, "vision_encoder": None}
+    return geometry, config.get("vision_encoder") is not None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of a training step: what lies there all the time, and what its peak adds."""
+    """Bytes of a training step.
+
+    Attributes:
+        weights, adapters, gradients, optimizer: What is held all the time.
+        activations, logits: What a step adds at its peak.
+    """
 
     weights: int
     adapters: int
@@ -92,12 +221,24 @@ class Parts:
 
     @property
     def total(self) -> int:
+        """The peak: all parts."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class Need:
-    """A model, and what is to be done with it."""
+    """A model, and what it is to be used for.
+
+    Attributes:
+        preset: The name that is shown.
+        geometry: Arguments of KerasHub's backbone, as in `GEOMETRIES`.
+        rank, targets: Those of the adapters.
+        sequence_length: Tokens of a row in training, of prompt and answer together in
+            answering.
+        batch_size: Rows of a training step.
+        dtype: One of `BYTES`.
+        prompts: How many are answered at once.
+    """
 
     preset: str
     geometry: dict
@@ -109,201 +250,169 @@ class Need:
     prompts: int
 
     @property
-    def is_gemma3(self) -> bool:
-        return "image_size" in self.geometry
-
-    @cached_property
-    def kernels(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's linear kernels, by name."""
-        g = self.geometry
-        heads, kv, hidden, head = (
-            g[f"{n}"] for n in ("num_query_heads", "num_key_value_heads", "hidden_dim", "head_dim")
-        )
-        inner = g["intermediate_dim"] // (1 if self.is_gemma3 else 2)
-        gate = (hidden, inner)
-        shapes = (
-            (heads, hidden, head),
-            (kv, hidden, head),
-            (kv, hidden, head),
-            (heads, head, hidden),
-            gate,
-            gate,
-        )
-        return dict(zip(ALL_LINEAR, (*shapes, (inner, hidden)), strict=True))
-
-    @property
     def parameters(self) -> int:
-        """Parameters of the base: embedding, kernels and norms."""
-        g = self.geometry
-        norms = (
-            2 + g.get("use_post_ffw_norm", False) + g.get("use_post_attention_norm", False)
-        ) * g["hidden_dim"]
-        norms += 2 * g["head_dim"] * (self.is_gemma3 and g.get("use_query_key_norm", True))
-        layer = sum(map(math.prod, self.kernels.values())) + norms
-        return (g["vocabulary_size"] + 1) * g["hidden_dim"] + g["num_layers"] * layer
+        """Parameters of the base model."""
+        return count_parameters(self.geometry)
 
     @property
     def trainable(self) -> int:
-        """Parameters of the adapters: A is like the kernel but ends in rank, B is (rank, the kernel's last axis)."""
-        shapes = [self.kernels[name] for name in self.targets]
-        return self.geometry["num_layers"] * sum(
-            self.rank * (math.prod(s[:-1]) + s[-1]) for s in shapes
-        )
+        """Parameters of the adapters.
 
-    def counted(self) -> tuple[Parts, int]:
-        """Estimate a training step's parts, and the peak of generation, in bytes.
-
-        The factors for activations and logits were fitted to what XLA's CPU compiler reserves for 36 random shapes in
-        float32 (within 15 %); GPUs differ.
+        A is like the kernel but ends in rank; B is (rank, the kernel's last axis).
         """
-        g, (weight, active) = self.geometry, BYTES[self.dtype]
-        layers, tokens = g["num_layers"], self.batch_size * self.sequence_length
-        heads, queries = g["num_query_heads"], g["num_query_heads"] * g["head_dim"]
-        inner = self.kernels["ffw_linear"][0]
+        shapes = kernel_shapes(self.geometry)
+        a_layer = 0
+        for name in self.targets:
+            *others, last = shapes[name]
+            a_layer += self.rank * (math.prod(others) + last)
+        return self.geometry["num_layers"] * a_layer
+
+    def count_training(self) -> Parts:
+        """Estimate the parts of a training step.
+
+        The factors for activations and logits were fitted to what XLA's CPU compiler
+        reserves for 36 random shapes in float32 (within 15 %). GPUs differ.
+        """
+        weight, activation = BYTES[self.dtype]
+        geometry = self.geometry
+        heads = geometry["num_query_heads"]
+        inner, hidden = kernel_shapes(geometry)["ffw_linear"]
+        tokens = self.batch_size * self.sequence_length
+        # Values that a layer keeps of each token for the way back: of its width, of the
+        # feed-forward part, of the queries, and of the attention scores, one for each
+        # other token of the row.
         a_token = (
-            4 * g["hidden_dim"] + 4.4 * inner + 3.7 * queries + 2.3 * heads * self.sequence_length
+            4 * hidden
+            + 4.4 * inner
+            + 3.7 * heads * geometry["head_dim"]
+            + 2.3 * heads * self.sequence_length
         )
-        parts = Parts(
+        return Parts(
             weights=self.parameters * weight,
             adapters=4 * self.trainable,
             gradients=4 * self.trainable,
-            optimizer=8 * self.trainable,  # AdamW's two moments
-            activations=int(layers * tokens * a_token * active),
-            logits=3
-            * 4
-            * min(tokens, CHUNK)
-            * g["vocabulary_size"],  # with softmax and gradient; in float32
+            # AdamW's two moments.
+            optimizer=8 * self.trainable,
+            activations=int(geometry["num_layers"] * tokens * a_token * activation),
+            # A chunk of them in float32, with their softmax and gradient.
+            logits=3 * 4 * min(tokens, CHUNK) * geometry["vocabulary_size"],
         )
-        cache = (
-            2
-            * layers
-            * self.prompts
-            * self.sequence_length
-            * g["num_key_value_heads"]
-            * g["head_dim"]
-            * active
-        )
-        at_once = (
-            self.prompts
-            * self.sequence_length
-            * (2 * inner + 2 * heads * self.sequence_length)
-            * active
-        )
-        return parts, parts.weights + parts.adapters + 2 * cache + at_once
+
+    def count_answering(self) -> int:
+        """Estimate the peak of answering, in bytes."""
+        weight, activation = BYTES[self.dtype]
+        geometry = self.geometry
+        heads = geometry["num_query_heads"]
+        inner, _ = kernel_shapes(geometry)["ffw_linear"]
+        tokens = self.prompts * self.sequence_length
+        # Keys and values of each layer, which are copied once.
+        a_layer = geometry["num_key_value_heads"] * geometry["head_dim"]
+        cache = 2 * geometry["num_layers"] * tokens * a_layer * activation
+        # What one layer holds while the prompts are read.
+        at_once = tokens * (2 * inner + 2 * heads * self.sequence_length) * activation
+        return self.parameters * weight + 4 * self.trainable + 2 * cache + at_once
+
+    def counted(self) -> tuple[Parts, int]:
+        """Return `count_training` and `count_answering`."""
+        return self.count_training(), self.count_answering()
 
     def compiled(self) -> tuple[Parts, int]:
-        """Have the compiler say what it would reserve on this backend; no weight exists at any time."""
-        model = None
-        optimizer = optimizer_for(recommended(TINY))
+        """Let the compiler say what it would reserve on this backend.
 
-        def build():
-            nonlocal model
-            model = self._build()
-            model.sampler = keras_hub.samplers.GreedySampler()
-            enable_lora(model, rank=self.rank, targets=self.targets, seed=0)
-            return start_state(model, optimizer), frozen_values(model)
+        Returns:
+            The parts of a training step, and the peak of answering, in bytes. The
+            compiler says only the peak of a step; what is not counted for other parts
+            is put down to activations.
+        """
+        training, answering = compile_peaks(self)
+        counted = self.count_training()
+        rest = training - replace(counted, activations=0).total
+        if rest >= 0:
+            return replace(counted, activations=rest), answering
+        # Small logits take less than counted.
+        return replace(counted, activations=0, logits=counted.logits + rest), answering
 
-        state, frozen = jax.eval_shape(build)
-
-        def array(rows: int, dtype: str):
-            return jax.ShapeDtypeStruct((rows, self.sequence_length), dtype)
-
-        rows = self.batch_size
-        inputs = {"token_ids": array(rows, "int32"), "padding_mask": array(rows, "int32")}
-        batch = (inputs, array(rows, "int32"), array(rows, "float32"))
-        training = training_step(model, optimizer).lower(*state, frozen, batch).compile()
-
-        def answer(frozen, adapters, inputs):
-            variables = itertools.chain(
-                zip(model.non_trainable_variables, frozen, strict=True),
-                zip(model.trainable_variables, adapters, strict=True),
-            )
-            with keras.StatelessScope(state_mapping=variables):
-                return model.generate_step(inputs, stop_token_ids=(1,))
-
-        prompts = {
-            "token_ids": array(self.prompts, "int32"),
-            "padding_mask": array(self.prompts, "bool"),
-        }
-        generation = jax.jit(answer).lower(frozen, state.adapters, prompts).compile()
-
-        counted = self.counted()[0]
-        peak = _bytes(training)
-        rest = peak - replace(counted, activations=0).total
-        logits = counted.logits + min(rest, 0)  # of a small peak, less than was counted
-        return replace(counted, logits=logits, activations=max(rest, 0)), _bytes(generation)
-
-    def _build(self) -> keras_hub.models.CausalLM:
-        family = "Gemma3" if self.is_gemma3 else "Gemma"
-        backbone = getattr(keras_hub.models, f"{family}Backbone")(**self.geometry, dtype=self.dtype)
-        return getattr(keras_hub.models, f"{family}CausalLM")(backbone=backbone, preprocessor=None)
+    def build(self) -> keras_hub.models.CausalLM:
+        """Build a model of this shape. Within `jax.eval_shape` it takes no memory."""
+        models = keras_hub.models
+        if _is_gemma3(self.geometry):
+            backbone = models.Gemma3Backbone(**self.geometry, dtype=self.dtype)
+            return models.Gemma3CausalLM(backbone=backbone, preprocessor=None)
+        backbone = models.GemmaBackbone(**self.geometry, dtype=self.dtype)
+        return models.GemmaCausalLM(backbone=backbone, preprocessor=None)
 
 
-def _bytes(compiled) -> int:
-    """What a compiled program holds at its peak, by its own account: inputs, outputs that are not inputs, scratch."""
-    m = compiled.memory_analysis()
-    own = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return own + m.temp_size_in_bytes
+def compile_peaks(need: Need) -> tuple[int, int]:
+    """Compile training and answering, and return the peak of each, in bytes.
 
+    The step is the one that `gl.fit` runs. All arrays are abstract: they have a shape
+    and a dtype, but no values. So no weight exists at any time.
+    """
+    optimizer = optimizer_for(recommended(TINY))
+    built = []
 
-def geometry_of(name: str) -> tuple[dict, bool]:
-    """The shape of a preset's text part, and whether it has a vision part beside it."""
-    if folder := local_folder(name):
-        config = json.loads((folder / "config.json").read_text())
-        return geometry_of_config(
-            config.get("config", {}), config.get("class_name", "another format"), name
-        )
-    presets, handle = keras_hub.models.CausalLM.presets, Source(name).handle
-    known = next(
-        (p for n, p in presets.items() if n == name or p["kaggle_handle"].endswith(f"//{handle}")),
-        None,
-    )
-    count = known["metadata"].get("params", 0) if known else 0
-    for geometry in GEOMETRIES.values():
-        own = Need(name, geometry, 1, (), 1, 1, "float32", 1).parameters
-        if count == own or count - own in _VISION:
-            return geometry, count != own
-    raise ValueError(
-        f"The shape of {name!r} is not known without downloading it. Known are KerasHub's presets of Gemma 1, 2 and 3, "
-        "by name or kaggle:// handle, folders, and loaded models."
-    )
+    def build():
+        model = need.build()
+        enable_lora(model, rank=need.rank, targets=need.targets, seed=0)
+        built.append(model)
+        return start_state(model, optimizer), frozen_values(model)
 
+    state, frozen = jax.eval_shape(build)
+    model = built[0]
 
-def geometry_of_config(config: dict, class_name: str, name: str) -> tuple[dict, bool]:
-    if class_name not in ("GemmaBackbone", "Gemma3Backbone"):
-        raise ValueError(
-            f"Budgets are for Gemma 1, 2 and 3. Received: {name!r}, which is of {class_name}"
-        )
-    vision = config.get("vision_encoder") is not None
-    geometry = {
-        key: value for key, value in config.items() if key not in ("name", "trainable", "dtype")
+    def array(rows: int, dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, need.sequence_length), dtype)
+
+    rows = need.batch_size
+    inputs = {"token_ids": array(rows, "int32"), "padding_mask": array(rows, "int32")}
+    batch = (inputs, array(rows, "int32"), array(rows, "float32"))
+    training = training_step(model, optimizer).lower(*state, frozen, batch).compile()
+
+    def answer(frozen, adapters, prompts):
+        values = [
+            *zip(model.non_trainable_variables, frozen, strict=True),
+            *zip(model.trainable_variables, adapters, strict=True),
+        ]
+        with keras.StatelessScope(state_mapping=values):
+            return model.generate_step(prompts, stop_token_ids=(1,))
+
+    model.sampler = keras_hub.samplers.GreedySampler()
+    prompts = {
+        "token_ids": array(need.prompts, "int32"),
+        "padding_mask": array(need.prompts, "bool"),
     }
-    if class_name == "Gemma3Backbone":
-        geometry |= {"image_size": None, "vision_encoder": None}
-    return geometry, vision
+    answering = jax.jit(answer).lower(frozen, state.adapters, prompts).compile()
+    return _peak(training), _peak(answering)
 
 
-GIB = 2**30
-_SAFE = 0.95  # what is estimated to need more of a device than this fits only just
-# What programs can use of a device's memory, about, in GiB: the driver keeps the rest.
-DEVICES = {"T4": 14.6, "L4": 22.0, "A100 40 GB": 39.4, "A100 80 GB": 79.1}
+def _peak(program: jax.stages.Compiled) -> int:
+    """Return what a program holds at its peak, by the compiler's account, in bytes."""
+    # private: the fields of `memory_analysis`, which JAX does not document
+    sizes = program.memory_analysis()
+    # An output that takes the place of an input is counted once.
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return held + sizes.temp_size_in_bytes
 
 
 @dataclass(frozen=True, repr=False)
 class MemoryBudget(ShowsAsTable):
-    """What a run needs, shown as a table of devices; each part in bytes is an attribute, such as `budget.logits`.
+    """What a run needs. Shows as a table of devices.
 
-    `parts` and `generation` are for the backend at hand, compiled if `compiled`; `estimate` and
-    `estimated_generation` are what was counted, for devices that are not there.
+    Each part of training is an attribute, too, in bytes: `budget.logits`.
+
+    Attributes:
+        need: The model and the settings.
+        parts: Bytes of a training step on the backend at hand.
+        generation: Peak of answering on the backend at hand, in bytes.
+        compiled: Whether the compiler said so; otherwise both were counted.
+        vision: Whether the preset has a vision encoder, which is not budgeted.
     """
 
     need: Need
     parts: Parts
     generation: int
-    estimate: Parts
-    estimated_generation: int
     compiled: bool
-    vision: bool  # whether the preset has a vision encoder, which is not budgeted
+    vision: bool
 
     def __getattr__(self, name: str) -> int:
         if name in Parts.__dataclass_fields__:
@@ -322,73 +431,124 @@ class MemoryBudget(ShowsAsTable):
         """Peak of training on the backend at hand, in bytes."""
         return self.parts.total
 
-    def devices(self) -> list[dict]:
-        """Rows for this machine and usual GPUs: memory and peaks in GiB, whether both fit, and what would."""
-        name, capacity = this_machine()
-        here = (self.training, self.generation, "compiled" if self.compiled else "estimate")
-        rows = [(f"this machine ({name})", capacity, *here)]
-        there = (self.estimate.total, self.estimated_generation, "estimate")
-        rows += [(device, size * GIB, *there) for device, size in DEVICES.items()]
-        found = []
-        for device, size, training, generation, how in rows:
-            peak = max(training, generation)
-            fits = "yes" if peak <= _SAFE * size else "just" if peak <= size else "no"
-            row = {"device": device, "GiB": size, "training": training, "generation": generation}
-            row = {
-                key: round(value / GIB, 2) if key != "device" else value
-                for key, value in row.items()
-            }
-            room = size / max(
-                1.0, training / self.estimate.total
-            )  # where the compiler counts more than we do
-            nearest = "" if fits != "no" else self.nearest(room, bfloat16=device in DEVICES)
-            found.append(row | {"from": how, "fits": fits, "nearest that fits": nearest})
-        return found
+    @property
+    def estimate(self) -> Parts:
+        """Bytes of a training step as counted, for devices that are not here."""
+        return self.need.count_training()
 
-    def nearest(self, capacity: float, *, bfloat16: bool = True, answering: bool = False) -> str:
-        """The least change of settings with which an estimate stays within `capacity` bytes, as arguments.
+    @property
+    def estimated_generation(self) -> int:
+        """Peak of answering as counted, in bytes, for devices that are not here."""
+        return self.need.count_answering()
+
+    def devices(self) -> list[dict]:
+        """Return a row for this machine and for each of `DEVICES`.
+
+        Memory and peaks are in GiB. "fits" says "yes", "just" or "no", for training and
+        answering together, and "nearest that fits" names settings instead of a "no".
+        """
+        name, capacity = this_machine()
+        rows = [self._row(f"this machine ({name})", capacity, here=True)]
+        rows += [self._row(device, size * GIB, here=False) for device, size in DEVICES.items()]
+        return rows
+
+    def _row(self, device: str, capacity: float, *, here: bool) -> dict:
+        if here:
+            training = self.training
+            generation = self.generation
+            source = "compiled" if self.compiled else "estimate"
+            bfloat16 = _bfloat16_saves_memory()
+        else:
+            training = self.estimate.total
+            generation = self.estimated_generation
+            source = "estimate"
+            bfloat16 = True
+        peak = max(training, generation)
+        nearest = ""
+        if peak <= _SAFE * capacity:
+            fits = "yes"
+        elif peak <= capacity:
+            fits = "just"
+        else:
+            fits = "no"
+            # Advice is by count. If the compiler says more, that leaves less room.
+            more = max(1.0, training / self.estimate.total, generation / self.estimated_generation)
+            nearest = self.in_words(self.nearest(capacity / more, bfloat16=bfloat16))
+        return {
+            "device": device,
+            "GiB": round(capacity / GIB, 2),
+            "training": round(training / GIB, 2),
+            "generation": round(generation / GIB, 2),
+            "from": source,
+            "fits": fits,
+            "nearest that fits": nearest,
+        }
+
+    def nearest(
+        self, capacity: float, *, bfloat16: bool = True, answering: bool = False
+    ) -> dict | None:
+        """Return the settings to change so that the estimate stays within `capacity`.
+
+        The batch is halved first, and the prompts that are answered at once; then the
+        sequence length, down to 64. Only if that is not enough, the same is tried in
+        bfloat16.
+
+        >>> memory_budget("gemma_2b_en", batch_size=8, compile=False).nearest(16 * GIB)
+        {'batch_size': 2}
+        >>> memory_budget("gemma_2b_en", compile=False).nearest(8 * GIB)
+        {'dtype': 'bfloat16'}
 
         Args:
             capacity: Bytes of the device.
-            bfloat16: Whether that is a way out. On a CPU it is none: each product is computed in float32.
-            answering: Whether only the peak of generation counts, and prompts are what can change.
+            bfloat16: Whether bfloat16 is a way out, see `_bfloat16_saves_memory`.
+            answering: If true, only answering has to fit.
+
+        Returns:
+            The settings that differ, as arguments of `memory_budget`. None if nothing
+            fits.
         """
-        need, choices = self.need, []
-        for options in itertools.product(
-            [(0, need.batch_size)] if answering else _halved(need.batch_size, 1),
-            _halved(need.sequence_length, 64),
-            enumerate(
-                [need.dtype]
-                + ["bfloat16"] * (bfloat16 and not answering and need.dtype == "float32")
-            ),
-            enumerate(
-                [need.targets] + [("query", "value")] * (len(need.targets) > 2 and not answering)
-            ),
-            _halved(need.prompts, 1) if answering else [(0, need.prompts)],
-        ):
-            names = ("batch_size", "sequence_length", "dtype", "targets", "prompts")
-            values = dict(zip(names, (option[1] for option in options), strict=True))
-            parts, generation = replace(need, **values).counted()
-            if max(parts.total * (not answering), generation) <= _SAFE * capacity:
-                choices.append((sum(option[0] for option in options), len(choices), values))
-        if not choices:
-            return _smaller(need, capacity)
-        changed = {
-            key: value for key, value in min(choices)[2].items() if value != getattr(need, key)
-        }
-        return ", ".join(
-            f"{key}={list(v) if isinstance(v, tuple) else v!r}" for key, v in changed.items()
-        )
+        room = _SAFE * capacity
+        dtypes = [self.need.dtype]
+        if bfloat16 and self.need.dtype == "float32":
+            dtypes.append("bfloat16")
+        for dtype in dtypes:
+            need = replace(self.need, dtype=dtype)
+            while True:
+                trains = answering or need.count_training().total <= room
+                answers = need.count_answering() <= room
+                if trains and answers:
+                    old = vars(self.need)
+                    return {name: new for name, new in vars(need).items() if new != old[name]}
+                if not trains and need.batch_size > 1:
+                    need = replace(need, batch_size=need.batch_size // 2)
+                elif not answers and need.prompts > 1:
+                    need = replace(need, prompts=need.prompts // 2)
+                elif need.sequence_length >= 2 * _SHORTEST:
+                    need = replace(need, sequence_length=need.sequence_length // 2)
+                else:
+                    break
+        return None
+
+    def in_words(self, changes: dict | None) -> str:
+        """Return what `nearest` returned as text: "batch_size=1, dtype='bfloat16'"."""
+        if changes is not None:
+            return ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        if self.parameters > count_parameters(GEOMETRIES[_SMALL]):
+            return f"no setting of this preset; a smaller preset is {_SMALL}"
+        return "no setting of this preset; free memory first"
 
     def table(self) -> Table:
-        """A row for each device."""
+        """Return a row for each device."""
         need = self.need
-        layers = (
-            "all linear layers" if len(need.targets) == len(ALL_LINEAR) else ", ".join(need.targets)
-        )
+        layers = ", ".join(need.targets)
+        if len(need.targets) == len(ALL_LINEAR):
+            layers = "all linear layers"
         text = ", its text part alone" if self.vision else ""
-        caption = f"{need.preset}{text}: {need.parameters:,} parameters, {need.dtype}, rank {need.rank} on {layers}, "
-        caption += f"{need.batch_size} x {need.sequence_length} tokens; in GiB"
+        caption = (
+            f"{need.preset}{text}: {need.parameters:,} parameters, {need.dtype}, "
+            f"rank {need.rank} on {layers}, "
+            f"{need.batch_size} x {need.sequence_length} tokens; in GiB"
+        )
         return Table(self.devices(), caption=caption)
 
 
@@ -403,129 +563,120 @@ def memory_budget(
     prompts: int = 1,
     compile: bool = True,  # noqa: A002
 ) -> MemoryBudget:
-    """Say what training and answering would need of memory. Nothing is downloaded, and no weight is made.
+    """Estimate the memory of training and answering, without a download or a weight.
 
     >>> memory_budget("gemma_2b_en", compile=False).parameters
     2506172416
 
     Args:
-        preset: What `gl.load` takes, of Gemma 1, 2 or 3; of a multimodal preset the text part is budgeted. Or a model.
-        rank, targets: As in `enable_lora`. A model that has adapters has them budgeted instead.
-        sequence_length, batch_size, dtype: None means what is recommended for the preset: what `gl.load` and `gl.fit`
-            use.
-        prompts: How many are answered at once, each with its answer within `sequence_length` tokens.
-        compile: Whether to ask the compiler of this backend (some seconds: Gemma 2B takes 10), or only to count.
+        preset: What `gl.load` takes, of Gemma 1, 2 or 3, or a model. Of a multimodal
+            preset the text part is budgeted.
+        rank, targets: As in `enable_lora`. A model's own adapters take precedence.
+        sequence_length, batch_size, dtype: None means what is recommended for the
+            preset, as in `gl.load` and `gl.fit`.
+        prompts: How many are answered at once, each with its answer within
+            `sequence_length` tokens.
+        compile: Whether to ask the compiler of this backend, or only to count. It takes
+            some seconds, 10 for Gemma 2B.
 
     Raises:
-        ValueError: The preset's shape is not known, or a setting makes no sense.
+        ValueError: The preset's shape is not known, or a setting is invalid.
     """
-    settings = recommended(preset if not isinstance(preset, Path) else str(preset))
     if isinstance(preset, keras_hub.models.CausalLM):
+        settings = recommended(preset)
         state = state_of(preset)
-        name, dtype = state.preset, dtype or preset.backbone.dtype_policy.name
-        rank, targets = (state.lora.rank, state.lora.targets) if state.lora else (rank, targets)
-        geometry, vision = geometry_of_config(
-            preset.backbone.get_config(), type(preset.backbone).__name__, name
-        )
+        name = state.preset
+        config = preset.backbone.get_config()
+        geometry, vision = geometry_of_config(config, type(preset.backbone).__name__, name)
+        dtype = dtype or preset.backbone.dtype_policy.name
+        if state.lora:
+            rank = state.lora.rank
+            targets = state.lora.targets
     else:
         name = str(preset)
+        settings = recommended(name)
         geometry, vision = geometry_of(name)
-    length = settings.sequence_length if sequence_length is None else sequence_length
-    need = Need(
-        name,
-        geometry,
-        rank,
-        resolve_targets(targets, ALL_LINEAR),
-        length,
-        max(1, settings.batch_tokens // length) if batch_size is None else batch_size,
-        dtype or settings.dtype,
-        prompts,
-    )
-    for what in ("rank", "sequence_length", "batch_size", "prompts"):
-        if type(getattr(need, what)) is not int or getattr(need, what) < 1:
-            raise ValueError(
-                f"{what} is a whole number, 1 or more. Received: {what}={getattr(need, what)!r}"
-            )
-    if need.dtype not in BYTES:
-        raise ValueError(f"dtype is one of {', '.join(BYTES)}. Received: {need.dtype!r}")
-    estimate = need.counted()
-    return MemoryBudget(
-        need, *(need.compiled() if compile else estimate), *estimate, compile, vision
-    )
+    if sequence_length is None:
+        sequence_length = settings.sequence_length
+    sizes = {"rank": rank, "sequence_length": sequence_length, "prompts": prompts}
+    if batch_size is not None:
+        sizes["batch_size"] = batch_size
+    for size, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{size} is a whole number, 1 or more. Received: {size}={value!r}")
+    sizes.setdefault("batch_size", max(1, settings.batch_tokens // sequence_length))
+    dtype = dtype or settings.dtype
+    if dtype not in BYTES:
+        raise ValueError(f"dtype is one of {', '.join(BYTES)}. Received: {dtype!r}")
+    targets = resolve_targets(targets, ALL_LINEAR)
+    need = Need(name, geometry, targets=targets, dtype=dtype, **sizes)
+    parts, generation = need.compiled() if compile else need.counted()
+    return MemoryBudget(need, parts, generation, compiled=compile, vision=vision)
 
 
 def this_machine() -> tuple[str, int]:
-    """The name of the device that JAX uses, and the bytes that this process can have on it."""
+    """Return the device that JAX uses, and how many bytes this process can have."""
     device = jax.devices()[0]
+    # private: `memory_stats` of JAX's devices, and its keys. It is None on a CPU.
     if stats := device.memory_stats():
         return device.device_kind, stats["bytes_limit"]
-    return (
-        device.device_kind,
-        psutil.virtual_memory().available + psutil.Process().memory_info().rss,
-    )
+    free = psutil.virtual_memory().available
+    return device.device_kind, free + psutil.Process().memory_info().rss
+
+
+def _bfloat16_saves_memory() -> bool:
+    """Return whether bfloat16 is a way out here. A CPU computes it in float32."""
+    return jax.default_backend() != "cpu"
 
 
 @contextmanager
 def explained_out_of_memory(model, *, answering: bool, **settings) -> Iterator[None]:
-    """Turn running out of memory into a MemoryError that says what fits; `settings` are those of `memory_budget`."""
+    """Within this context, running out of memory raises an error that says what fits.
+
+    Args:
+        model: The model at work.
+        answering: Whether it answers. If not, it trains.
+        settings: The settings in use, as arguments of `memory_budget`.
+
+    Raises:
+        MemoryError: Memory ran out.
+    """
     try:
         yield
     except Exception as error:
+        # JAX has no class of its own for this, only these words.
         text = str(error)
-        if (
-            not isinstance(error, MemoryError)
-            and "RESOURCE_EXHAUSTED" not in text
-            and "Out of memory" not in text
-        ):
+        said = "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+        if not said and not isinstance(error, MemoryError):
             raise
         doing = "answering" if answering else "training"
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())
         # Without its traceback, whose frames hold the arrays that filled the memory.
         raise MemoryError(
-            f"Out of memory while {doing} with {shown}. {_advice(model, answering, settings)}The model is as it was "
-            "before this call, and need not be loaded again."
+            f"Out of memory while {doing} with {shown}. {_advice(model, answering, settings)}"
+            "The model is as it was before this call, and need not be loaded again."
         ) from error.with_traceback(None)
 
 
 def _advice(model, answering: bool, settings: dict) -> str:
+    """Return what the settings need, what the device has, and what should fit."""
     try:
         budget = memory_budget(model, compile=False, **settings)
-    except ValueError:  # no Gemma: no budget
+    except ValueError:
+        # Only a Gemma has a budget.
         return ""
-    (device, capacity), need = this_machine(), budget.generation if answering else budget.training
-    room = min(
-        capacity, 0.8 * need
-    )  # it did not fit, whatever the estimate says: something else takes memory, too
-    nearest = budget.nearest(room, bfloat16=False, answering=answering)
+    device, capacity = this_machine()
+    peak = budget.generation if answering else budget.training
+    # It did not fit, whatever the estimate says: other programs take memory, too.
+    room = min(capacity, 0.8 * peak)
+    changes = budget.nearest(room, bfloat16=_bfloat16_saves_memory(), answering=answering)
+    nearest = budget.in_words(changes)
     if answering:
-        nearest = nearest.replace("prompts=", "prompts asked at once: ").replace(
-            "sequence_length=", "tokens in all: "
-        )
+        # `generate` has no arguments of these names.
+        nearest = nearest.replace("prompts=", "prompts asked at once: ")
+        nearest = nearest.replace("sequence_length=", "tokens in all: ")
     return (
-        f"By estimate that needs {need / GIB:.2f} GiB, of which {budget.weights / GIB:.2f} are weights; this device "
-        f"({device}) has {capacity / GIB:.2f}. Nearest that should fit: {nearest}. "
+        f"By estimate that needs {peak / GIB:.2f} GiB, of which {budget.weights / GIB:.2f} are "
+        f"weights; this device ({device}) has {capacity / GIB:.2f}. "
+        f"Nearest that should fit: {nearest}. "
     )
-
-
-def _halved(value: int, least: int) -> list[tuple[int, int]]:
-    """(how often halved, what is left), down to `least`."""
-    steps = range(max(1, int(math.log2(max(value / least, 1))) + 1))
-    return [(step, value >> step) for step in steps]
-
-
-def _smaller(need: Need, capacity: float) -> str:
-    """The largest other preset of which something fits, as arguments."""
-    for name in ("gemma2_2b_en", "gemma_2b_en", "gemma3_1b", "gemma3_270m", TINY):
-        geometry = geometry_of(name)[0]
-        smaller = replace(need, preset=name, geometry=geometry, batch_size=1, prompts=1)
-        for dtype, length in itertools.product(("float32", "bfloat16"), (256, 128)):
-            candidate = replace(
-                smaller, dtype=dtype, sequence_length=min(length, need.sequence_length)
-            )
-            parts, generation = candidate.counted()
-            if candidate.parameters < need.parameters and max(parts.total, generation) <= capacity:
-                settings = (
-                    f"dtype={dtype!r}, batch_size=1, sequence_length={candidate.sequence_length}"
-                )
-                return f"another preset: {name!r} with {settings}"
-    return "nothing: free memory first"

@@ -96,7 +96,7 @@ class State:
             run.
         trainable: Layers and weights, and whether each trained before the adapters
             came, so that `remove_adapter` can restore it. None without adapters.
-        merges: Each `Merge` into the kernels, the latest last.
+        merges: The last `Merge` into the kernels, if there was one.
         tokenizer: The model's `tokens.Tokenizer`, once somebody needed it.
         steps: What `fit` and `evaluate` compiled, so that a second call need not compile
             it again.
