@@ -1,4 +1,6 @@
-"""Kaggle on loopback: enough of its API for the real clients, kagglehub and through it KerasHub, to fetch and send."""
+"""Kaggle on loopback: enough of its API for the real clients, kagglehub and through it
+KerasHub, to fetch and send.
+"""
 
 import base64
 import errno
@@ -18,18 +20,23 @@ from hub_server import IN_THE_BODY, LoopbackServer, Response
 
 
 class KaggleServer(LoopbackServer):
-    """Serves the files of folders, as versions 1 to 5 of each preset, to users who have consented.
+    """Serves the files of folders, as versions 1 to 5 of each preset, to users who have
+    consented.
 
-    `presets` holds the folders by variation, the fourth part of a handle: {"gemma_2b_en": folder}. `users` holds names
-    by secret: a token, or the key that goes with that user name. `consented` holds the names of users who accepted the
-    licence. The path that `failing` goes by is that of the file asked for, as in "gemma_2b_en/3/config.json", or the
-    method, as in "Hello"; faults in the body are only for files. `requests` holds what was asked, likewise, and with
-    which Authorization header: first of the API and then, if it gave an address, "storage/" + the file. `checksums` and
-    `ranges` say whether the storage sends an MD5 checksum and resumes.
+    `presets` holds the folders by variation, the fourth part of a handle:
+    {"gemma_2b_en": folder}. `users` holds names by secret: a token, or the key that
+    goes with that user name. `consented` holds the names of users who accepted the
+    licence. The path that `failing` goes by is that of the file asked for, as in
+    "gemma_2b_en/3/config.json", or the method, as in "Hello"; faults in the body are
+    only for files. `requests` holds what was asked, likewise, and with which
+    Authorization header: first of the API and then, if it gave an address, "storage/" +
+    the file. `checksums` and `ranges` say whether the storage sends an MD5 checksum and
+    resumes.
 
-    Users send to models of their own name. `private` says of each model that was made whether it is, `versions_of`
-    holds the files of each version by handle, `licences` the licence that came with the first. The path of a file that
-    is sent is "upload/" + its name, and a fault there that is no status keeps half of what came.
+    Users send to models of their own name. `private` says of each model that was made
+    whether it is, `versions_of` holds the files of each version by handle, `licences`
+    the licence that came with the first. The path of a file that is sent is "upload/" +
+    its name, and a fault there that is no status keeps half of what came.
     """
 
     versions = range(1, 6)
@@ -199,7 +206,8 @@ class KaggleServer(LoopbackServer):
 def serving(server: KaggleServer, cache: Path):
     """Make a server the Kaggle of this process, and a folder its cache.
 
-    The environment holds no credentials meanwhile. Those in files count: HOME says where.
+    The environment holds no credentials meanwhile. Those in files count: HOME says
+    where.
     """
     from kagglehub import clients, config
     from kagglesdk import kaggle_env
@@ -213,7 +221,8 @@ def serving(server: KaggleServer, cache: Path):
             patch.object(
                 config, "DEFAULT_KAGGLE_CREDENTIALS_FOLDER", str(Path.home() / ".kaggle")
             ),  # read at import
-            # It looks for who called through the whole stack, which takes a second under pytest.
+            # It looks for who called through the whole stack, which takes a second
+            # under pytest.
             patch.object(clients, "get_user_agent", lambda: "kagglehub"),
         ):
             yield server
@@ -223,9 +232,11 @@ def serving(server: KaggleServer, cache: Path):
 
 @contextmanager
 def serving_subprocesses(server: KaggleServer, cache: Path):
-    """Make a server the Kaggle of the processes that are started meanwhile, as `serving` does for this one.
+    """Make a server the Kaggle of the processes that are started meanwhile, as
+    `serving` does for this one.
 
-    The client has one port for this, so a second test run waits here. It also prints all it sends and receives.
+    The client has one port for this, so a second test run waits here. It also prints
+    all it sends and receives.
     """
     deadline = time.monotonic() + 300
     while True:
@@ -245,7 +256,9 @@ def serving_subprocesses(server: KaggleServer, cache: Path):
 
 @contextmanager
 def _environment(cache: Path, **variables: str):
-    """Set what the client reads, and hide all else of that kind: credentials, other environments."""
+    """Set what the client reads, and hide all else of that kind: credentials, other
+    environments.
+    """
     with patch.dict(os.environ):
         for name in list(os.environ):
             if name.startswith("KAGGLE") or name == "TBE_RUNTIME_ADDR":
