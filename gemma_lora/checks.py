@@ -270,8 +270,7 @@ def _site(source: Source) -> dict[str, Answer]:
 def _ask_for_config(source: Source) -> None:
     """Ask for config.json itself: an old one in the cache would say nothing."""
     if source.site == "hf":
-        url = huggingface_hub.hf_hub_url(source.handle, "config.json")
-        huggingface_hub.get_hf_file_metadata(url, timeout=_SECONDS)
+        source.ask_hub("config.json")
         return
     with tempfile.TemporaryDirectory() as folder:
         kagglehub.model_download(source.handle, "config.json", output_dir=folder)

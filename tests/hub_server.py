@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on loopback: enough of its protocol for the clients to load data sets, and fetch or send models.
+"""A Hugging Face Hub on loopback: enough of its protocol for the clients to load data
+sets, and fetch or send models.
 
 What `kaggle_server` needs too is here: a server that can be told to fail, and the ways
 in which it does.
@@ -50,7 +51,9 @@ class LoopbackServer:
 
     def __init__(self):
         self.failing: dict[str, Fault | list[Fault]] = {}
-        self._port = 0  # any free one the first time, then the same again: clients read their endpoint only once
+        # any free one the first time, then the same again: clients read their endpoint
+        # only once
+        self._port = 0
         self._server = None
         self._released = threading.Event()
 
@@ -70,7 +73,9 @@ class LoopbackServer:
             self._server.loop.start()
 
     def stop(self):
-        """Stop at once: every connection is closed, what hangs as well, and every thread has ended."""
+        """Stop at once: every connection is closed, what hangs as well, and every
+        thread has ended.
+        """
         if self._server is not None:
             self._server.shutdown()
             self._server.close_connections(self._released)
@@ -127,9 +132,9 @@ class HubServer(LoopbackServer):
     @property
     def url(self) -> str:
         # `datasets` also asks a second host, "datasets-server." + this one. The user
-        # name takes that prefix here, so this second host is loopback too and nothing
-        # is looked up by name. It also takes the place of a token: where tokens matter,
-        # the endpoint is `url_for_tokens`.
+        # name takes that prefix here, so this second host is loopback too and nothing is
+        # looked up by name. It also takes the place of a token: where
+        # tokens matter, the endpoint is `url_for_tokens`.
         return self.url_for_tokens.replace("://", "://hub@")
 
     @property
@@ -189,7 +194,9 @@ class HubServer(LoopbackServer):
         return _missing("EntryNotFound", commit)
 
     def _receive(self, path: str, authorization: str, body: bytes) -> Response:
-        """What comes in, and who may send it: a signed address of the storage asks for no token."""
+        """What comes in, and who may send it: a signed address of the storage asks for
+        no token.
+        """
         if match := re.fullmatch("/storage/([0-9a-f]{64})", path):
             if hashlib.sha256(body).hexdigest() != match[1]:
                 return _json({"error": "BadDigest"}, 400)
@@ -239,7 +246,9 @@ class HubServer(LoopbackServer):
         return _json({"url": f"{self.url_for_tokens}/{repo}", "name": repo, "id": repo})
 
     def _preupload(self, repo: str, asked: list[dict]) -> Response:
-        """Say how each file is to come, and which content is there already, as git or the storage names it."""
+        """Say how each file is to come, and which content is there already, as git or
+        the storage names it.
+        """
         files = []
         for one in asked[0]["files"]:
             large = one["path"].endswith((".safetensors", ".h5", ".spm", ".model"))
@@ -324,7 +333,8 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     def handle(self):
-        with suppress(ConnectionError):  # the client has gone, or the server was stopped
+        # the client has gone, or the server was stopped
+        with suppress(ConnectionError):
             super().handle()
 
     def do_GET(self):
@@ -373,7 +383,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_of_this_process(server: HubServer, cache: Path):
-    """Make a server the Hub of this process, and a folder its cache; it waits half a second."""
+    """Make a server the Hub of this process, and a folder its cache."""
     from huggingface_hub import constants
 
     server.start()
@@ -386,8 +396,8 @@ def hub_of_this_process(server: HubServer, cache: Path):
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
         # A storage of its own, with a protocol of its own.
         "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_ETAG_TIMEOUT": 0.5,
-        "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
+        "HF_HUB_ETAG_TIMEOUT": 2,
+        "HF_HUB_DOWNLOAD_TIMEOUT": 2,
     }
     try:
         with patch.multiple(constants, **changed):
@@ -397,7 +407,9 @@ def hub_of_this_process(server: HubServer, cache: Path):
 
 
 def _tree(files: dict[str, bytes], folder: str, recursive: bool) -> list[dict]:
-    """List the files and folders in a folder ("" for the top), and with `recursive` those further down too."""
+    """List the files and folders in a folder ("" for the top), and with `recursive`
+    those further down too.
+    """
     start = f"{folder}/" if folder else ""
     entries = {}
     for path, content in files.items():

@@ -1,4 +1,6 @@
-"""Kaggle on loopback: enough of its API for the real clients, kagglehub and through it KerasHub, to fetch and send."""
+"""Kaggle on loopback: enough of its API for the real clients, kagglehub and through it
+KerasHub, to fetch and send.
+"""
 
 import base64
 import errno
@@ -18,7 +20,8 @@ from hub_server import IN_THE_BODY, LoopbackServer, Response
 
 
 class KaggleServer(LoopbackServer):
-    """Serves the files of folders, as versions 1 to 5 of each preset, to users who have consented.
+    """Serves the files of folders, as versions 1 to 5 of each preset, to users who have
+    consented.
 
     `presets` holds the folders by variation, the fourth part of a handle:
     {"gemma_2b_en": folder}. `users` holds names by secret: a token, or the key that
@@ -229,7 +232,8 @@ def serving(server: KaggleServer, cache: Path):
 
 @contextmanager
 def serving_subprocesses(server: KaggleServer, cache: Path):
-    """Make a server the Kaggle of the processes that are started meanwhile, as `serving` does for this one.
+    """Make a server the Kaggle of the processes that are started meanwhile, as
+    `serving` does for this one.
 
     The client has one port for this, so a second test run waits here. It also prints
     all it sends and receives.
@@ -252,7 +256,9 @@ def serving_subprocesses(server: KaggleServer, cache: Path):
 
 @contextmanager
 def _environment(cache: Path, **variables: str):
-    """Set what the client reads, and hide all else of that kind: credentials, other environments."""
+    """Set what the client reads, and hide all else of that kind: credentials, other
+    environments.
+    """
     with patch.dict(os.environ):
         for name in list(os.environ):
             if name.startswith("KAGGLE") or name == "TBE_RUNTIME_ADDR":

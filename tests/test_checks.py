@@ -103,7 +103,7 @@ def test_the_smallest_file_is_all_that_is_fetched(kaggle):
 
 def test_the_small_model_asks_nobody(kaggle, data):
     kaggle.failing, data.failing = {"": 500}, {"": 500}
-    found = checked()
+    found = checked("tiny_gemma_en")
     assert found.ok and not kaggle.requests
     assert (
         found["credentials"]["ok"] is None and "part of this package" in found["licence"]["found"]

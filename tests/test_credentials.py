@@ -1,7 +1,7 @@
 """Is what is said of credentials what Kaggle's client then sends?
 
-Asked of the real client and a Kaggle on loopback. Prompts are answered by a fake getpass; one
-real terminal and one real kernel are marked `full`.
+Asked of the real client and a Kaggle on loopback. Prompts are answered by a fake
+getpass; one real terminal and one real kernel are marked `full`.
 """
 
 import base64
@@ -70,7 +70,8 @@ def kaggle(home, tmp_path):
         yield server
 
 
-# Each of these plants a secret in one place, and returns the header with which it is sent.
+# Each of these plants a secret in one place, and returns the header with which it is
+# sent.
 
 
 def bearer(token: str) -> str:
@@ -132,7 +133,9 @@ def kaggle_json_elsewhere(home, key):
 
 
 def colab(**secrets):
-    """Make this process one of Colab's, whose module has this one function and these three exceptions."""
+    """Make this process one of Colab's, whose module has this one function and these
+    three exceptions.
+    """
     os.environ["COLAB_RELEASE_TAG"] = "release-colab"
     config.is_in_colab_notebook.return_value = True
     userdata = types.ModuleType("google.colab.userdata")
@@ -466,7 +469,8 @@ def test_who_is_not_confirmed_is_said_to_be_so(kaggle, home):
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [("SecretNotFoundError", "no"), ("NotebookAccessError", "yes, but switch its notebook access on"),
+    [("SecretNotFoundError", "no"),
+     ("NotebookAccessError", "yes, but switch its notebook access on"),
      ("TimeoutException", "did not answer"), (RuntimeError("planted"), "a notebook's page")],
 )  # fmt: skip
 def test_colabs_exceptions_become_words(kaggle, error, words):
@@ -525,7 +529,8 @@ def test_a_secret_that_cannot_be_sent_is_refused_by_its_name(kaggle, value):
 
 
 def test_colabs_variable_without_colabs_module_is_no_error(kaggle):
-    os.environ["COLAB_RELEASE_TAG"] = "release-colab"  # a virtual environment within Colab
+    # a virtual environment within Colab
+    os.environ["COLAB_RELEASE_TAG"] = "release-colab"
     agree(kaggle, None, None)
 
 

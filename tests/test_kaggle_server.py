@@ -12,8 +12,7 @@ import keras_hub
 import numpy as np
 import pytest
 import requests
-from hub_server import CUT, HANG, RESET, SHORT, HubServer
-from huggingface_hub import constants
+from hub_server import CUT, HANG, RESET, SHORT, HubServer, hub_of_this_process
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from kaggle_server import KaggleServer, serving, serving_subprocesses
 from kagglehub.exceptions import DataCorruptionError, KaggleApiHTTPError, UnauthenticatedError
@@ -46,20 +45,17 @@ def kaggle(prepared, tmp_path):
 
 
 @pytest.fixture
-def model_hub(tmp_path, monkeypatch):
+def model_hub(tmp_path):
     server = HubServer()
     server.models["someone/tiny"] = FOLDER
-    server.start()
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url_for_tokens + template)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url_for_tokens)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield server
-    server.stop()
+    with hub_of_this_process(server, tmp_path / "hub"):
+        yield server
 
 
 def sign_in(**credentials: str):
-    """Put credentials in the place of those in the environment; `serving` puts back what was there."""
+    """Put credentials in the place of those in the environment; `serving` puts back
+    what was there.
+    """
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"):
         os.environ.pop(name, None)
     os.environ.update(credentials)
@@ -183,6 +179,7 @@ def test_what_hangs_ends_with_a_release_or_the_server(kaggle, end):
     )
 
 
+@pytest.mark.full
 def test_a_subprocess_is_served_too(prepared, tmp_path):
     program = f"import kagglehub; kagglehub.model_download({HANDLE!r}, 'config.json')"
     with serving_subprocesses(prepared, tmp_path / "cache"):

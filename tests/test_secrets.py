@@ -1,4 +1,5 @@
-"""Does a secret get out anywhere? Plant one, let all go well or wrong, search all that is written.
+"""Does a secret get out anywhere? Plant one, let all go well or wrong, search all that
+is written.
 
 The quick run plants one for each sink; every place with every outcome is marked `full`.
 `pytest -s tests/test_secrets.py` says how many places were searched.
@@ -46,7 +47,6 @@ from test_credentials import (
 
 import gemma_lora as gl
 from gemma_lora import checks
-from gemma_lora.access import fetch as access
 from gemma_lora.access import kaggle as credentials
 
 SEARCHED: collections.Counter = collections.Counter()
@@ -60,7 +60,9 @@ def count():
 
 
 def every(names: str, ones, others, one_in: int = 10**9):
-    """All pairs, each a test; one in so many, with each one and each other, in the quick run."""
+    """All pairs, each a test; one in so many, with each one and each other, in the
+    quick run.
+    """
     pairs = [(i + j, one, other) for i, one in enumerate(ones) for j, other in enumerate(others)]
     params = [
         pytest.param(
@@ -86,17 +88,20 @@ def new_secret() -> str:
 
 
 def traces(secret: str) -> set[str]:
-    """Whatever gives a secret away: ten characters of it in a row, as they are or in base64 beside anything."""
+    """Whatever gives a secret away: ten characters of it in a row, as they are or in
+    base64 beside anything.
+    """
     body = secret.removeprefix("KGAT_").removeprefix("hf_")
     found = {body[start : start + 10] for start in range(len(body) - 9)}
-    for before in range(3):  # base64 of user:key depends on where, of three, the key begins
+    # base64 of user:key depends on where, of three, the key begins
+    for before in range(3):
         code = base64.b64encode(b" " * before + body.encode()).decode()
         found.update(code[start : start + 14] for start in range(4, len(code) - 20))
     return found
 
 
 def search(secret: str, sink: str, *written: str | bytes):
-    """Fail if a secret can be seen in what was written, also escaped, quoted or encoded."""
+    """Fail if a secret can be seen in a text, also escaped, quoted or encoded."""
     for text in written:
         text = text.decode("latin-1") if isinstance(text, bytes) else text
         SEARCHED[sink] += 1
@@ -243,10 +248,9 @@ OUTCOMES |= {"unknown": {}}
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Nothing waits: neither for an answer nor before another attempt."""
-    monkeypatch.setattr(credentials, "SECONDS", 0.4)
-    monkeypatch.setattr(access, "_HUB_SECONDS", 0.4)
-    monkeypatch.setattr(checks, "_SECONDS", 0.6)
+    """Nothing waits before another attempt; `prepare` shortens other waits."""
+    monkeypatch.setattr(credentials, "SECONDS", credentials.SECONDS)
+    monkeypatch.setattr(checks, "_SECONDS", checks._SECONDS)
     monkeypatch.setattr(checks, "_pip_check", lambda: "")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
@@ -257,6 +261,9 @@ def prepare(kaggle, outcome, secret):
         {"someone", "ada", "bob", "eve", "cleo", "dora"} if outcome != "403" else set()
     )
     kaggle.failing = OUTCOMES[outcome]
+    if outcome == "hangs":
+        credentials.SECONDS = 0.4
+        checks._SECONDS = 0.6
     if outcome == "unknown":
         kaggle.users = {}
     if outcome == "echoed":
@@ -306,7 +313,7 @@ def test_what_was_found_never_gets_out(kaggle, home, tmp_path, capfd, impatient,
 
 
 def plant_and_search(kaggle, home, tmp_path, capfd, plant, outcome):
-    """Plant a secret, make the calls of notebook 01 with an outcome, and search everything."""
+    """Plant a secret, make the calls of notebook 01, and search everything."""
     secret = new_secret()
     header = plant(home, secret)
     prepare(kaggle, outcome, secret)
@@ -495,13 +502,16 @@ def test_a_token_for_the_hub_never_gets_out(
 
 @pytest.mark.full
 def test_a_saved_notebook_holds_no_secret(kaggle, home, tmp_path):
-    """Real cells in a kernel whose environment holds a bad token, then worse ones; the client logs to a file."""
+    """Real cells in a kernel whose environment holds a bad token, then worse ones; the
+    client logs to a file.
+    """
     secret = new_secret()
     os.environ.update(KAGGLE_API_TOKEN=secret, HF_TOKEN="hf_" + secret, KAGGLE_LOGGING_ENABLED="1")
     os.environ.update(KAGGLEHUB_VERBOSITY="debug", PYTHONPATH=str(Path(gl.__file__).parents[1]))
     endpoint = f"kaggle_env._env_to_endpoint[kaggle_env.KaggleEnv.PROD] = {kaggle.url!r}"
     cells = [
-        f"import os, time, gemma_lora as gl\nfrom kagglesdk import kaggle_env\ntime.sleep = int\n{endpoint}"
+        "import os, time, gemma_lora as gl\nfrom kagglesdk import kaggle_env\n"
+        f"time.sleep = int\n{endpoint}"
     ]
     ask = [
         "gl.find_credentials()",

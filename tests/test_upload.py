@@ -1,18 +1,18 @@
-"""Folders sent to Kaggle and to the Hub: the real clients against servers on loopback, which keep what arrives."""
+"""Folders sent to Kaggle and to the Hub: the real clients against servers on loopback,
+which keep what arrives.
+"""
 
 import json
 import os
 import re
 import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import keras_hub
 import numpy as np
 import pytest
-from hub_server import HANG_UP, RESET, HubServer, Response
-from huggingface_hub import constants
+from hub_server import HANG_UP, RESET, HubServer, Response, hub_of_this_process
 from kaggle_server import KaggleServer, serving
 from safetensors.numpy import save_file
 
@@ -36,15 +36,43 @@ CARD = "---\nlicense: apache-2.0\n---\nAn adapter for trips – größer, 日本
 SITES = ("kaggle", "hf")
 TENSOR = {"a": np.arange(3000, dtype="float32")}
 CLUTTER = (
-    ".env", ".git/config", ".cache/huggingface/token", "kaggle.json", "access_token.json", "Client_Secret.json",
-    "google-credentials.json", "step_10.part", "checkpoint.weights.h5", "checkpoints/step_5/adapter.safetensors",
-    "optimizer.pt", "notes.txt", "train.py", "assets/.DS_Store", "assets/old.part", "[ab].txt", "assets/token.json",
-)  # fmt: skip
+    ".env",
+    ".git/config",
+    ".cache/huggingface/token",
+    "kaggle.json",
+    "access_token.json",
+    "Client_Secret.json",
+    "google-credentials.json",
+    "step_10.part",
+    "checkpoint.weights.h5",
+    "checkpoints/step_5/adapter.safetensors",
+    "optimizer.pt",
+    "notes.txt",
+    "train.py",
+    "assets/.DS_Store",
+    "assets/old.part",
+    "[ab].txt",
+    "assets/token.json",
+)
 LEFT_OUT = (
-    ".cache/", ".env", ".git/", "Client_Secret.json", "[ab].txt", "access_token.json", "assets/.DS_Store",
-    "assets/old.part", "assets/token.json", "checkpoint.weights.h5", "checkpoints/", "google-credentials.json",
-    "kaggle.json", "notes.txt", "optimizer.pt", "step_10.part", "train.py",
-)  # fmt: skip
+    ".cache/",
+    ".env",
+    ".git/",
+    "Client_Secret.json",
+    "[ab].txt",
+    "access_token.json",
+    "assets/.DS_Store",
+    "assets/old.part",
+    "assets/token.json",
+    "checkpoint.weights.h5",
+    "checkpoints/",
+    "google-credentials.json",
+    "kaggle.json",
+    "notes.txt",
+    "optimizer.pt",
+    "step_10.part",
+    "train.py",
+)
 
 
 class Kaggle:
@@ -90,26 +118,9 @@ class Hub:
             os.environ["HF_TOKEN"] = f"hf_{name}_secret"
 
 
-@contextmanager
-def hub_of_this_process(server: HubServer, monkeypatch, cache: Path):
-    server.start()
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url_for_tokens + template)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url_for_tokens)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-    monkeypatch.setattr(
-        constants, "HF_HUB_DISABLE_XET", True
-    )  # a storage of its own, with a protocol of its own
-    try:
-        yield
-    finally:
-        server.stop()
-
-
 @pytest.fixture(params=SITES)
 def site(request, tmp_path, monkeypatch):
-    """Each site in turn, ada signed in; nobody waits, and nobody has credentials in files."""
+    """Each site in turn, ada signed in; nobody waits, or has credentials in files."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_TOKEN", "to be put back")
@@ -123,7 +134,7 @@ def site(request, tmp_path, monkeypatch):
     else:
         server = HubServer()
         server.users = {HF_ADA: "ada", HF_EVE: "eve"}
-        with hub_of_this_process(server, monkeypatch, tmp_path / "hub"):
+        with hub_of_this_process(server, tmp_path / "hub"):
             found = Hub(server)
             found.sign_in("ada")
             yield found
@@ -205,7 +216,9 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def refused(folder, uri, **options) -> AccessError:
-    """Send what cannot be sent: one clear sentence, with nothing in it or behind it that nobody should see."""
+    """Send what cannot be sent: one clear sentence, with nothing in it or behind it
+    that nobody should see.
+    """
     with pytest.raises(AccessError) as raised:
         gl.upload(folder, uri, **options)
     error, sentence = raised.value, str(raised.value)
@@ -265,7 +278,8 @@ def test_a_second_time_makes_a_new_version(site, tmp_path):
         == (folder / "adapter.safetensors").read_bytes()
     )
     if site.site == "hf":
-        assert second.keys() == {"adapter.safetensors"}  # what is there already is not sent again
+        # what is there already is not sent again
+        assert second.keys() == {"adapter.safetensors"}
         assert site.server.models[REPO] == content_of(folder)
     gl.upload(folder, URI[site.site])  # and unchanged it is no error
 
@@ -366,11 +380,23 @@ def test_a_folder_that_is_no_model_is_refused(site, tmp_path, make, error, words
 @pytest.mark.parametrize(
     "uri",
     [
-        "", None, "ada/tiny", "hf://ada", "hf://", "hf://ada/tiny/more", "hf://a da/tiny", "hf://ada/..", "s3://ada/tiny",
-        "kaggle://ada/tiny", f"kaggle://{HANDLE}/3", "kaggle://ada/tiny/keras/", "kaggle://ada/tiny/karas/trips",
-        "https://huggingface.co/ada/tiny", "hf://ada/tiny\n",
+        "",
+        None,
+        "ada/tiny",
+        "hf://ada",
+        "hf://",
+        "hf://ada/tiny/more",
+        "hf://a da/tiny",
+        "hf://ada/..",
+        "s3://ada/tiny",
+        "kaggle://ada/tiny",
+        f"kaggle://{HANDLE}/3",
+        "kaggle://ada/tiny/keras/",
+        "kaggle://ada/tiny/karas/trips",
+        "https://huggingface.co/ada/tiny",
+        "hf://ada/tiny\n",
     ],
-)  # fmt: skip
+)
 def test_an_address_that_is_none_is_refused(tmp_path, uri):
     with pytest.raises(ValueError, match=r"hf://OWNER/NAME|ModelFramework|Repo id"):
         gl.upload(adapter(tmp_path / "model"), uri, dry_run=True)
@@ -384,8 +410,8 @@ def test_a_link_to_elsewhere_is_not_followed(tmp_path):
     assert "settings.json" in planned.left_out and "settings.json" not in planned.files
 
 
-def test_card_and_upload_agree_on_the_licence_of_an_adapter_for_peft(tiny_tuned, tmp_path):
-    gl.export_peft(tiny_tuned, tmp_path)
+def test_card_and_upload_agree_on_the_licence_of_an_adapter_for_peft(tiny_lora, tmp_path):
+    gl.export_peft(tiny_lora, tmp_path)
     assert "license: apache-2.0" in (tmp_path / "README.md").read_text()
     assert gl.upload(tmp_path, "hf://ada/mine", dry_run=True).licence.startswith(
         "Licence: Apache-2.0"
@@ -428,8 +454,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "after"),
+    [
+        pytest.param(fault, after, marks=[] if after == number else [pytest.mark.full])
+        for number, fault in enumerate(FAULTS)
+        for after in range(4)
+    ],
+)
 def test_a_site_that_fails_on_the_way_is_named_and_then_all_goes_well(
     site, tmp_path, monkeypatch, fault, after
 ):

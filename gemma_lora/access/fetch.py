@@ -81,6 +81,11 @@ class Source:
         huggingface_hub.HfApi().model_info(self.handle, timeout=_HUB_SECONDS)
         return Path(huggingface_hub.hf_hub_download(self.handle, name))
 
+    def ask_hub(self, name: str) -> None:
+        """Ask the Hub for one file's headers, which raises what a download would."""
+        url = huggingface_hub.hf_hub_url(self.handle, name)
+        huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_SECONDS)
+
     def folder(self) -> Path:
         """Say where the files are once they have been fetched. It asks nobody."""
         if self.site == "kaggle":
@@ -149,15 +154,20 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
     """Download and load a preset that is not a folder; a cached one needs no network.
 
     Args:
-        preset: The name of a KerasHub preset, or a handle: "kaggle://..." or "hf://...".
-        load: Makes the model or tokenizer from a preset or folder, and downloads files.
+        preset: A KerasHub preset's name, or a handle: "kaggle://..." or "hf://...".
+        load: Makes the model or tokenizer from a preset or folder; it downloads files.
 
     Raises:
         AccessError: It could not be fetched. The text says why and what to do.
         ValueError: The credentials, or the handle, are malformed.
     """
-    share_colab_secrets()
     source = Source(preset)
+    if source.site == "kaggle" and source.is_complete():
+        # A version on Kaggle never changes, so there is nothing to ask. A file can still
+        # be missing: without a task.json, the weights do not come last.
+        with suppress(FileNotFoundError):
+            return load(str(source.folder()))
+    share_colab_secrets()
     place = source.credentials()
     try:
         if source.site:
@@ -168,15 +178,24 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
     except (MemoryError, TypeError):
         raise
     except Exception as error:
-        problem = access_error(error, source, place)
+        problem = access_error(_cause(error, source), source, place)
         if problem is None:
             raise
-    if problem.reason not in ("disk", "damaged") and source.is_complete():
-        # Without a task.json the weights do not come last: a file can still be missing.
+    if source.site == "hf" and problem.reason not in ("disk", "damaged") and source.is_complete():
         with suppress(FileNotFoundError):
             return load(str(source.folder()))
     # Raised out here: as its context, the client's error could show a header.
     raise problem
+
+
+def _cause(error: Exception, source: Source) -> Exception:
+    """Find out why the Hub sends no weights; KerasHub says that they do not exist."""
+    if source.site == "hf" and "model.weights" in str(error):
+        try:
+            source.ask_hub("model.weights.h5")
+        except Exception as cause:
+            return cause if status_of(cause) not in (0, 404) else error
+    return error
 
 
 def access_error(error: Exception, source: Source, place: str | None) -> AccessError | None:

@@ -109,16 +109,18 @@ def kaggle_login(
         raise ValueError(
             "Give a token, or a username and a key. Received: another choice of the three."
         )
-    given, place = None, None
+    given = None
+    place = "the arguments"
     if key is not None:
-        given, place = KaggleApiCredentials(username=username, key=key), "the arguments"
+        given = KaggleApiCredentials(username=username, key=key)
     elif token is not None:
-        given, place = _from_text(token), "the arguments"
+        given = _from_text(token)
     else:
         share_colab_secrets()
         typed = _ask() if ask and used_place() is None else None
         if typed:
-            given, place = _from_text(typed), "what you typed"
+            given = _from_text(typed)
+            place = "what you typed"
     if given:
         _hand_over(given, place)
     else:
@@ -178,6 +180,9 @@ def known_places() -> dict[str, KaggleApiCredentials | str | None]:
         pair = KaggleApiCredentials(username=username, key=key)
         places["environment: KAGGLE_USERNAME and KAGGLE_KEY"] = pair
     places["file: kaggle.json"] = _in_file(folder / "kaggle.json")
+    if folder != home:
+        # Kaggle's inner client looks at home all the same.
+        places["file: ~/.kaggle/kaggle.json"] = _in_file(home / "kaggle.json")
     return places
 
 

@@ -102,8 +102,8 @@ def upload(
 
     Raises:
         FileNotFoundError: The folder does not exist.
-        ValueError: The address is malformed; or the folder has no weights, no model card,
-            a different card, or a token in a file.
+        ValueError: The address is malformed; or the folder has no weights, no card, a
+            different card, or a token in a file.
         RuntimeError: It could not be sent. The text says why and what to do; `reason`
             says it in one word.
     """
