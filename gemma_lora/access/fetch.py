@@ -190,6 +190,7 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
 
 def _cause(error: Exception, source: Source) -> Exception:
     """Find out why the Hub sends no weights; KerasHub says that they do not exist."""
+    # private: this text of KerasHub, whose error does not keep the Hub's
     if source.site == "hf" and "model.weights" in str(error):
         try:
             source.ask_hub("model.weights.h5")
