@@ -132,9 +132,9 @@ class HubServer(LoopbackServer):
     @property
     def url(self) -> str:
         # `datasets` also asks a second host, "datasets-server." + this one. The user
-        # name takes that prefix here, so this second host is loopback too and nothing is
-        # looked up by name. It also takes the place of a token: where
-        # tokens matter, the endpoint is `url_for_tokens`.
+        # name takes that prefix here, so this second host is loopback too and nothing
+        # is looked up by name. It also takes the place of a token: where tokens matter,
+        # the endpoint is `url_for_tokens`.
         return self.url_for_tokens.replace("://", "://hub@")
 
     @property

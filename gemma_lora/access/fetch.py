@@ -163,8 +163,8 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
     """
     source = Source(preset)
     if source.site == "kaggle" and source.is_complete():
-        # A version on Kaggle never changes, so there is nothing to ask. A file can still
-        # be missing: without a task.json, the weights do not come last.
+        # A version on Kaggle never changes, so there is nothing to ask. A file can be
+        # missing all the same: without a task.json, the weights do not come last.
         with suppress(FileNotFoundError):
             return load(str(source.folder()))
     share_colab_secrets()
@@ -190,6 +190,7 @@ def fetch(preset: str, load: Callable[[str], T]) -> T:
 
 def _cause(error: Exception, source: Source) -> Exception:
     """Find out why the Hub sends no weights; KerasHub says that they do not exist."""
+    # private: this text of KerasHub, whose error does not keep the Hub's
     if source.site == "hf" and "model.weights" in str(error):
         try:
             source.ask_hub("model.weights.h5")
