@@ -19,7 +19,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import keras
-from keras import ops
 
 from gemma_lora import runtime
 from gemma_lora.batches import Batches
@@ -28,6 +27,7 @@ from gemma_lora.lora import adapter_weights, adapters_off, fingerprints
 from gemma_lora.loss import (
     TrainState,
     averages,
+    copied,
     frozen_values,
     measuring_step,
     optimizer_for,
@@ -223,6 +223,8 @@ class _Live:
         self.pressed = pressed
         self.history = keras.callbacks.History()
         self.is_watched = bool(callbacks)
+        self._callbacks = [*callbacks]
+        self._heard: dict[str, bool] = {}
         hooks = [*callbacks, self.history]
         self._hooks = keras.callbacks.CallbackList(hooks, model=model, **params)
         self._adapters_before = [variable.value for variable in model.trainable_variables]
@@ -249,17 +251,30 @@ class _Live:
 
     def tell(self, hook: str, *arguments) -> None:
         """Call a hook of every callback, and take over what it changed."""
-        if self.is_watched:
-            _assign(self.model.trainable_variables, map(ops.copy, self.state.adapters))
-            _assign(self.optimizer.variables, map(ops.copy, self.state.moments))
+        heard = self.hears(hook)
+        if heard:
+            shown = copied(self.state)
+            _assign(self.model.trainable_variables, shown.adapters)
+            _assign(self.optimizer.variables, shown.moments)
         getattr(self._hooks, hook)(*arguments)
-        if self.is_watched:
+        if heard:
             sums = self.state.sums
             self.state = start_state(self.model, self.optimizer)._replace(sums=sums)
 
+    def hears(self, hook: str) -> bool:
+        """Whether a callback does anything at a hook. Most do nothing at each step."""
+        if hook not in self._heard:
+            # Keras's on_train_batch_end calls on_batch_end, which is older.
+            names = (hook, hook.replace("train_batch", "batch"))
+            methods = [getattr(callback, name) for callback in self._callbacks for name in names]
+            inherited = [getattr(keras.callbacks.Callback, name) for name in names]
+            functions = [getattr(method, "__func__", method) for method in methods]
+            self._heard[hook] = any(function not in inherited for function in functions)
+        return self._heard[hook]
+
     def logs(self) -> dict[str, float] | None:
         """Return the epoch's averages; None if nobody asks, as reading them waits."""
-        return averages(self.state.sums) if self.is_watched else None
+        return averages(self.state.sums) if self.hears("on_train_batch_end") else None
 
     def checkpoint(self, epoch: int, step: int, curve: LossCurve) -> Checkpoint:
         """Return where the run stands, with the history of complete epochs."""
