@@ -366,12 +366,18 @@ def test_switching_between_adapters_of_one_shape_compiles_nothing(tiny_lora, tmp
     assert answers[0] == answers[2] != answers[1]
 
 
-@pytest.fixture
-def saved(random_model, tmp_path):
+@pytest.fixture(scope="module")
+def saved_once(random_model, tmp_path_factory):
     model = random_model("gemma")
     gl.enable_lora(model)
     randomize_adapters(model)
-    return gl.save_adapter(model, tmp_path / "saved")
+    return gl.save_adapter(model, tmp_path_factory.mktemp("adapters") / "saved")
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A folder with an adapter of a random Gemma, for a test to damage."""
+    return shutil.copytree(saved_once, tmp_path / "saved")
 
 
 def test_a_base_of_the_same_shapes_with_other_weights_is_refused_unless_forced(random_model, saved):

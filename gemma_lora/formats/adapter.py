@@ -54,10 +54,9 @@ def save_adapter(model, folder: str | Path) -> Path:
     """Save a model's adapter as one file, with a model card beside it.
 
     In `adapter.safetensors`, tensors are named "<layer path>/a" and "/b"; they are
-    float32, in Keras's shapes.
-    The file's metadata holds a description in JSON: the base's name and fingerprints,
-    rank, alpha, targets, seed, the record of the training run, versions, and a checksum
-    over everything. Anybody can read it, without this library:
+    float32, in Keras's shapes. The file's metadata holds a description in JSON: the
+    base's name and fingerprints, rank, alpha, targets, seed, the record of the training
+    run, versions, and a checksum over everything. Anybody can read it without gl:
 
     >>> import json, safetensors, tempfile
     >>> import gemma_lora as gl
@@ -196,7 +195,7 @@ def described_base(folder: Path) -> DescribedBase:
         if not path.is_file():
             continue
         try:
-            text = _embedded_text(path) if file_name == _FILE else path.read_text("utf-8")
+            text = embedded_text(path) if file_name == _FILE else path.read_text("utf-8")
             said = {} if text is None else json.loads(text)
             # A KerasHub preset keeps its numbers one level further in.
             numbers = said.get("config", said)
@@ -251,8 +250,11 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     return description, tensors
 
 
-def _embedded_text(path: Path) -> str | None:
-    """Return the description in a file of tensors; None if it holds none of ours."""
+def embedded_text(path: Path) -> str | None:
+    """Return the description in an adapter's file, as JSON; None if there is none.
+
+    Only the head of the file is read.
+    """
     with safe_open(path, framework="numpy") as file:
         return (file.metadata() or {}).get(_METADATA_KEY)
 
@@ -264,7 +266,7 @@ def _read_own(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     format 1 that is cut off can leave the old `adapter.json` beside the new file.
     """
     path = folder / _FILE
-    text = _embedded_text(path) if path.is_file() else None
+    text = embedded_text(path) if path.is_file() else None
     if text is None:
         return _read_format_1(folder)
     description = json.loads(text)

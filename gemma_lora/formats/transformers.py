@@ -71,46 +71,16 @@ _PROMPTS = (
 )
 
 
-def _traits(model) -> SimpleNamespace:
-    """Read what tells one Gemma from another, all of it in this one place.
-
-    Lists have an entry for each block. Old versions and families lack some attributes;
-    what they compute without one is the default here.
-    """
-    # private: what is read here of a backbone, its blocks and their attention layers
+def _check_exportable(model) -> None:
+    """Raise ValueError if a model is no Gemma of text alone, quantized, or not tied."""
     backbone = model.backbone
-    blocks = backbone.transformer_layers
-    first = blocks[0].attention
-    embedding = backbone.token_embedding
-    return SimpleNamespace(
-        kind=type(backbone).__name__,
-        has_vision=getattr(backbone, "vision_encoder", None) is not None,
-        ties_weights=getattr(embedding, "tie_weights", True),
-        dtype=embedding.embeddings.dtype,
-        post_norms=(
-            bool(getattr(blocks[0], "use_post_attention_norm", False)),
-            bool(getattr(blocks[0], "use_post_ffw_norm", False)),
-        ),
-        query_key_norms=getattr(first, "use_query_key_norm", False),
-        attention_cap=getattr(first, "logit_soft_cap", None),
-        output_cap=getattr(backbone, "final_logit_soft_cap", None),
-        divides_by_head_size=getattr(first, "query_head_dim_normalize", True),
-        windowed=[getattr(b.attention, "use_sliding_window_attention", False) for b in blocks],
-        window=getattr(first, "sliding_window_size", None),
-        wavelengths=[getattr(b.attention, "rope_wavelength", None) for b in blocks],
-        stretches=[getattr(b.attention, "rope_scaling_factor", 1.0) for b in blocks],
-    )
-
-
-def _family(model, traits: SimpleNamespace) -> str:
-    """Return Transformers' name for a model's architecture.
-
-    Raises:
-        ValueError: If Transformers cannot express this model.
-    """
-    if traits.kind not in ("GemmaBackbone", "Gemma3Backbone") or traits.has_vision:
+    kind = type(backbone).__name__
+    # private: the two attributes that tell other Gemmas from those that we can export
+    has_vision = getattr(backbone, "vision_encoder", None) is not None
+    ties_weights = getattr(backbone.token_embedding, "tie_weights", True)
+    if kind not in ("GemmaBackbone", "Gemma3Backbone") or has_vision:
         raise ValueError(
-            f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {traits.kind}"
+            f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {kind}"
         )
     layers = linear_layers(model)
     quantized = [path for path, layer in layers.items() if layer.quantization_mode]
@@ -119,23 +89,53 @@ def _family(model, traits: SimpleNamespace) -> str:
             f"{len(quantized)} of {len(layers)} layers are quantized, such as {quantized[0]}. "
             "Load the base in bfloat16 or float32, and export that."
         )
-    if not traits.ties_weights:
+    if not ties_weights:
         raise ValueError(
             "The output layer has its own weights. In Transformers, Gemma's output shares the "
             "weights of the embedding, so this model cannot be exported."
         )
-    if traits.kind == "Gemma3Backbone":
-        family = "gemma3_text"
-    else:
-        family = "gemma2" if all(traits.post_norms) else "gemma"
-    wants_post_norms = family != "gemma"
+
+
+def _traits(model) -> SimpleNamespace:
+    """Read what tells one Gemma from another, all of it in this one place.
+
+    Lists have an entry for each block. Nothing is read with a default: an attribute
+    that KerasHub renames must end in an error, not in a wrong config.
+
+    Raises:
+        ValueError: If Transformers has no such Gemma.
+    """
+    # private: what is read here of a backbone, its blocks and their attention layers
+    backbone = model.backbone
+    blocks = backbone.transformer_layers
+    attentions = [block.attention for block in blocks]
+    traits = SimpleNamespace(
+        family="gemma",
+        dtype=backbone.token_embedding.embeddings.dtype,
+        post_norms=(blocks[0].use_post_attention_norm, blocks[0].use_post_ffw_norm),
+        query_key_norms=False,
+        attention_cap=attentions[0].logit_soft_cap,
+        output_cap=backbone.final_logit_soft_cap,
+        divides_by_head_size=attentions[0].query_head_dim_normalize,
+        windowed=[attention.use_sliding_window_attention for attention in attentions],
+        window=attentions[0].sliding_window_size,
+    )
+    if type(backbone).__name__ == "Gemma3Backbone":
+        traits.family = "gemma3_text"
+        traits.query_key_norms = attentions[0].use_query_key_norm
+        traits.wavelengths = [attention.rope_wavelength for attention in attentions]
+        traits.stretches = [attention.rope_scaling_factor for attention in attentions]
+    elif all(traits.post_norms):
+        traits.family = "gemma2"
     caps = (traits.attention_cap, traits.output_cap)
-    if traits.post_norms != (wants_post_norms,) * 2 or (family == "gemma" and any(caps)):
+    wants_post_norms = traits.family != "gemma"
+    fits = all(bool(norm) == wants_post_norms for norm in traits.post_norms)
+    if not fits or (traits.family == "gemma" and any(caps)):
         raise ValueError(
-            f"Transformers has no Gemma with these norms after attention and MLP: "
+            "Transformers has no Gemma with these norms after attention and MLP: "
             f"{traits.post_norms}, and these soft caps: {caps}."
         )
-    return family
+    return traits
 
 
 def transformers_config(model) -> dict:
@@ -144,8 +144,9 @@ def transformers_config(model) -> dict:
     Raises:
         ValueError: If the model is quantized, or Transformers cannot express it.
     """
+    _check_exportable(model)
     traits = _traits(model)
-    family = _family(model, traits)
+    family = traits.family
     backbone = model.backbone
     tokenizer = tokenizer_of(model)
     architecture = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[family]
@@ -231,7 +232,7 @@ def _sources(model) -> dict[str, keras.Variable | keras.Layer]:
     backbone = model.backbone
     layers = linear_layers(model)
     traits = _traits(model)
-    norms = _FOUR_NORMS if all(traits.post_norms) else _TWO_NORMS
+    norms = _TWO_NORMS if traits.family == "gemma" else _FOUR_NORMS
     sources = {"model.embed_tokens.weight": backbone.token_embedding.embeddings}
     for index, block in enumerate(backbone.transformer_layers):
         prefix = f"model.layers.{index}"

@@ -223,7 +223,7 @@ def test_transformers_gives_the_same_answers(tiny_tuned, ways):
 
 
 def test_gemma_3_with_global_layers_and_stretched_positions(tmp_path, monkeypatch):
-    """Each sixth layer sees the whole text; its positions are stretched in large Gemmas."""
+    """Each sixth layer sees the whole text; large Gemmas stretch its positions."""
     monkeypatch.setitem(families.SHAPE, "num_layers", 7)
     monkeypatch.setitem(families.SHAPE, "global_rope_scaling_factor", 8.0)
     model = random_gemma("gemma3")

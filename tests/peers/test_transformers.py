@@ -61,7 +61,7 @@ def test_greedy_answers_are_the_same(tiny, peer):
 
 
 def test_peft_and_keras_agree_on_the_update(random_model):
-    """With one A for all heads, Keras's update is PEFT's B A, scaled by alpha / rank."""
+    """With one A for all heads, Keras's update is PEFT's B A times alpha / rank."""
     peft = pytest.importorskip("peft")
     model = random_model("gemma")
     gl.enable_lora(model, rank=2, alpha=6, targets=["value"])
