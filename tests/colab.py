@@ -32,7 +32,7 @@ TOOLS = ["hypothesis", "nbval", "pytest", "pytest-xdist"]
 # What another version of Keras, KerasHub or JAX can break. Faults of servers,
 # credentials and texts are the same everywhere, and tested by `make test`.
 TESTED = [
-    "training", "lora", "merging", "sampling", "streaming", "loss", "batches", "checkpoints",
+    "training", "lora", "merging", "sampling", "loss", "batches", "checkpoints",
     "export", "private_surfaces",
 ]  # fmt: skip
 # A worker that crashes is not replaced: with --dist loadfile, pytest-xdist would wait

@@ -10,28 +10,27 @@ import re
 from pathlib import Path
 
 import jax
+import kagglehub
+import keras
 import keras_hub
 import pytest
 from families import random_gemma
 
 import gemma_lora as gl
-from gemma_lora.lora import linear_layers
+from gemma_lora.lora import linear_layers, lora_layers
 
 LIBRARY = Path(gl.__file__).parent
 
 # Part of a model: the names on it, in every family.
 ON_MODELS = {
     "model": (
-        "sampler generate_step generate_function make_generate_function call_with_cache "
-        "_flatten_layers"
+        "sampler generate_step generate_function train_function test_function "
+        "predict_function _flatten_layers"
     ),
     "backbone": "transformer_layers token_embedding layer_norm layer_norm_epsilon _flatten_layers",
     "embedding": "embeddings _embeddings",
-    "block": (
-        "attention pre_attention_norm pre_ffw_norm gating_ffw gating_ffw_2 ffw_linear "
-        "_compute_attention_mask _flatten_layers"
-    ),
-    "attention": "query_dense key_dense value_dense output_dense",
+    "block": "attention pre_attention_norm pre_ffw_norm _compute_attention_mask _flatten_layers",
+    "attention": "query_head_dim_normalize",
     "layer": (
         "_kernel _untrack_variable enable_lora lora_enabled lora_alpha lora_rank "
         "lora_kernel_a lora_kernel_b quantization_mode dtype_policy"
@@ -44,15 +43,13 @@ ON_SOME_MODELS = {
     ("gemma2", "block"): (
         "use_post_attention_norm use_post_ffw_norm post_attention_norm post_ffw_norm"
     ),
-    ("gemma2", "attention"): (
-        "logit_soft_cap use_sliding_window_attention sliding_window_size query_head_dim_normalize"
-    ),
+    ("gemma2", "attention"): ("logit_soft_cap use_sliding_window_attention sliding_window_size"),
     ("gemma2", "backbone"): "final_logit_soft_cap",
     ("gemma3", "block"): (
         "use_post_attention_norm use_post_ffw_norm post_attention_norm post_ffw_norm"
     ),
     ("gemma3", "attention"): (
-        "use_sliding_window_attention sliding_window_size query_head_dim_normalize "
+        "use_sliding_window_attention sliding_window_size "
         "rope_wavelength rope_scaling_factor use_query_key_norm query_norm key_norm"
     ),
     ("gemma3", "backbone"): "vision_encoder",
@@ -61,12 +58,12 @@ IN_PACKAGES = [
     "datasets.config.HF_DATASETS_CACHE",
     "huggingface_hub.constants.HF_HUB_CACHE",
     "huggingface_hub.utils.validate_repo_id",
-    "IPython.core.pylabtools.print_figure",
     "kagglehub.cache.get_cached_path",
     "kagglehub.config.KaggleApiCredentials",
     "kagglehub.config.clear_kaggle_credentials",
     "kagglehub.config.get_cache_folder",
     "kagglehub.config.get_kaggle_credentials",
+    "kagglehub.config.set_kaggle_api_token",
     "kagglehub.config.set_kaggle_credentials",
     "kagglehub.handle.parse_model_handle",
     "keras.StatelessScope.get_current_value",
@@ -91,7 +88,7 @@ def parts(request):
         "embedding": model.backbone.token_embedding,
         "block": block,
         "attention": block.attention,
-        "layer": block.attention.query_dense,
+        "layer": next(iter(lora_layers(model).values())),
         "tokenizer": model.preprocessor.tokenizer,
         "sampler": model.sampler,
     }
@@ -122,6 +119,17 @@ def test_presets_say_where_they_are_and_how_large():
     preset = keras_hub.models.CausalLM.presets["gemma_2b_en"]
     assert preset["kaggle_handle"].startswith("kaggle://keras/gemma/")
     assert preset["metadata"]["params"] > 2e9
+
+
+def test_a_seed_generator_is_its_seed_and_a_count():
+    state = keras.random.SeedGenerator(5).state
+    assert state.dtype == "uint32"
+    assert state.value.tolist() == [5, 0]
+
+
+def test_a_kaggle_handle_says_its_framework():
+    handle = kagglehub.handle.parse_model_handle("keras/gemma/keras/gemma_2b_en/3")
+    assert handle.framework_enum()
 
 
 def test_jax_counts_the_memory_of_a_compiled_function():
