@@ -125,7 +125,10 @@ def start_state(model, optimizer: keras.optimizers.Optimizer) -> TrainState:
 
 @jax.jit
 def copied(state: TrainState) -> TrainState:
-    """Copy every array of a state, in one program: one by one a GPU would wait for us."""
+    """Copy every array of a state, as one program.
+
+    Copied one by one, a small model's arrays would keep a GPU waiting.
+    """
     return jax.tree.map(jnp.copy, state)
 
 

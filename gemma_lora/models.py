@@ -98,8 +98,7 @@ class State:
             came, so that `remove_adapter` can restore it. None without adapters.
         merges: The last `Merge` into the kernels, if there was one.
         tokenizer: The model's `tokens.Tokenizer`, once somebody needed it.
-        steps: What `fit` and `evaluate` compiled, so that a second call need not compile
-            it again.
+        steps: What `fit` and `evaluate` compiled, so that a second call need not.
         samplers: What `generate` and `stream` compiled, for the same reason.
     """
 

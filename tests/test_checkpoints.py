@@ -24,9 +24,11 @@ folder, out, epochs, pause = sys.argv[1:]
 model = gl.load()
 gl.enable_lora(model)
 import keras, time
-slow = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: time.sleep(float(pause)))
+wait = lambda step, logs: time.sleep(float(pause))
+slow = keras.callbacks.LambdaCallback(on_train_batch_end=wait)
 train, held_out = gl.load_tiny_world()
-options = {"validation": held_out.select(range(8)), "checkpoint_dir": folder if folder != "none" else None}
+options = {"validation": held_out.select(range(8))}
+options["checkpoint_dir"] = folder if folder != "none" else None
 print("ready", flush=True)
 options |= {"epochs": int(epochs), "checkpoint_every": 3, "callbacks": [slow], "verbose": 0}
 history = gl.fit(model, train.select(range(96)), **options)
@@ -179,7 +181,7 @@ def test_adapters_that_a_checkpoint_takes_the_place_of_are_said(tiny_factory, ro
 def test_a_checkpoint_in_mid_epoch_is_enough_for_the_very_same_adapter(
     tiny_factory, rows, tmp_path
 ):
-    """What a kill leaves: the newest file is of some step, and its process said no more."""
+    """What a kill leaves: the newest file is of some step, and its process is gone."""
     whole, parts = tiny_factory(), tiny_factory()
     for model in (whole, parts):
         gl.enable_lora(model)

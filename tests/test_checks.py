@@ -243,7 +243,7 @@ def test_dolly_is_reachable_cached_or_neither(kaggle, data, tmp_path):
 def test_too_little_memory_says_what_fits(kaggle, monkeypatch):
     monkeypatch.setattr(memory, "this_machine", lambda: ("small", 8 * 2**30))
     found = checked()["memory"]
-    assert found["ok"] is False and "dtype" in found["fix"]
+    assert found["ok"] is False and "smaller preset is gemma3_270m" in found["fix"]
     monkeypatch.setattr(memory, "this_machine", lambda: ("large", 2**37))
     assert checked()["memory"]["ok"] is True
 

@@ -1,4 +1,4 @@
-"""The 38 questions that a learner arrives with: which cell answers each, and which are still open."""
+"""The 38 questions that a learner arrives with: the cells that answer each."""
 
 import nbformat
 import pytest
@@ -14,7 +14,9 @@ ANSWERED = {
     "5 what pretraining leaves, and what room": "03 room",
     "6 which steps open the weights": "01 check-goal, 01 consent, 01 load",
     "7 how credentials stay secret": "01 find, 01 login, 01 secret",
-    "8 memory for each variant, and a free tier": "01 budget, 01 budget-compiled, 01 budget-picture, 01 variants",
+    "8 memory for each variant, and a free tier": (
+        "01 budget, 01 budget-compiled, 01 budget-picture, 01 variants"
+    ),
     "9 memory fragmentation": "01 fragmentation, 01 fragmentation-picture, 01 fraction",
     "10 why Dolly, and what is in it": "02 records, 02 categories, 02 categories-picture",
     "11 why JSON Lines": "02 json-lines, 02 bad-line",
@@ -46,7 +48,7 @@ OPEN = {
     "15 my own domain's data": "a notebook on a domain of one's own",
     "25 which learning rate": "a notebook that sweeps",
     "26 rank and targets": "a notebook that sweeps",
-    "27 QLoRA and PEFT": "a notebook on quantized bases; the same adapter in PEFT runs in 10, peft-read",
+    "27 QLoRA and PEFT": "a notebook on quantized bases; PEFT runs in 10, peft-read",
     "37 scaling up": "a notebook on scaling",
     "38 before letting others use it": "a notebook on evaluation and safety",
 }

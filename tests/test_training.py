@@ -32,7 +32,7 @@ def weights_of(model) -> dict[str, np.ndarray]:
 
 
 def token_losses(model, encoded) -> np.ndarray:
-    """Cross-entropy of each token that counts, by NumPy in float64, row by row, without padding."""
+    """Cross-entropy of each token that counts, in NumPy, row by row, without padding."""
     losses = []
     for inputs, targets, weights in encoded.examples:
         ids = np.array([inputs])
@@ -56,7 +56,7 @@ def test_one_epoch_lowers_the_loss_of_each_family(random_model, world, family):
 
 
 def test_loss_is_the_mean_over_real_tokens_whatever_the_batches(tiny, world):
-    """The reported loss is the plain mean over response tokens: no padding, no weighting by batch."""
+    """The loss is the plain mean over response tokens: no padding, no batches."""
     expected = token_losses(tiny, encode(tiny, world[1])).mean()
     for batch_size in (3, 16):
         batches = Batches(encode(tiny, world[1]), batch_size=batch_size)
@@ -187,7 +187,7 @@ def test_a_callback_that_fails_costs_nothing_of_what_was_learned(tiny_lora, worl
 
 
 def test_a_step_that_fails_leaves_base_and_adapters_as_they_were(tiny_lora, world, monkeypatch):
-    """The third step deletes what it was given, as XLA does when memory runs out in it."""
+    """The third step deletes its arguments, as XLA does when memory runs out."""
     before = weights_of(tiny_lora)
     compiled = loss.training_step
 
@@ -213,7 +213,7 @@ def test_a_step_that_fails_leaves_base_and_adapters_as_they_were(tiny_lora, worl
 
 
 def test_callbacks_see_the_weights_and_the_optimizer_of_each_step(tiny_lora, world):
-    """A callback that zeroes B after each step, and one that sets the rate, are obeyed."""
+    """A callback that zeroes B and sets the learning rate is obeyed at each step."""
     layers = lora_layers(tiny_lora).values()
     rates = []
 

@@ -38,7 +38,7 @@ from gemma_lora.models import state_of
 from gemma_lora.templates import Template
 
 FORMAT = 2
-_FILE = "adapter.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
 _METADATA_KEY = "gemma_lora"
 # Format 1 kept its description in a file of its own. A save that was cut off could
 # leave the former tensors under the second name.
@@ -100,7 +100,7 @@ def save_adapter(model, folder: str | Path) -> Path:
     description["checksum"] = _checksum(description, tensors)
     content = save(tensors, metadata={_METADATA_KEY: json.dumps(description)})
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / _FILE, content)
+    write_file(folder / ADAPTER_FILE, content)
     # Only now, and not needed: the reader prefers the description in the file of
     # tensors.
     for name in (_FORMAT_1_DESCRIPTION, _FORMAT_1_OLD_TENSORS):
@@ -188,14 +188,14 @@ def described_base(folder: Path) -> DescribedBase:
         "config.json",
         "adapter_config.json",
         peft.DESCRIPTION_FILE,
-        _FILE,
+        ADAPTER_FILE,
         _FORMAT_1_DESCRIPTION,
     ):
         path = folder / file_name
         if not path.is_file():
             continue
         try:
-            text = embedded_text(path) if file_name == _FILE else path.read_text("utf-8")
+            text = embedded_text(path) if file_name == ADAPTER_FILE else path.read_text("utf-8")
             said = {} if text is None else json.loads(text)
             # A KerasHub preset keeps its numbers one level further in.
             numbers = said.get("config", said)
@@ -222,7 +222,7 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}.")
-    own = (path / _FILE).is_file() or (path / _FORMAT_1_DESCRIPTION).is_file()
+    own = (path / ADAPTER_FILE).is_file() or (path / _FORMAT_1_DESCRIPTION).is_file()
     try:
         if path.suffix == ".h5":
             description, tensors = _read_keras(model, path)
@@ -231,7 +231,9 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         elif (path / "adapter_config.json").is_file():
             description, tensors = peft.read(model, path)
         else:
-            raise FileNotFoundError(f"The folder {path} holds no adapter: it has no {_FILE}.")
+            raise FileNotFoundError(
+                f"The folder {path} holds no adapter: it has no {ADAPTER_FILE}."
+            )
         missing = [name for name in _NEEDED if name not in description]
         if missing:
             raise ValueError(f"its description lacks {', '.join(missing)}")
@@ -265,7 +267,7 @@ def _read_own(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     The file of tensors decides: a description in it is the newer one. A save over
     format 1 that is cut off can leave the old `adapter.json` beside the new file.
     """
-    path = folder / _FILE
+    path = folder / ADAPTER_FILE
     text = embedded_text(path) if path.is_file() else None
     if text is None:
         return _read_format_1(folder)
@@ -281,12 +283,12 @@ def _read_own(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 def _read_format_1(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Read what gemma_lora wrote before: `adapter.json`, and tensors beside it."""
     if not (folder / _FORMAT_1_DESCRIPTION).is_file():
-        raise ValueError(f"{_FILE} holds no description of gemma_lora's")
+        raise ValueError(f"{ADAPTER_FILE} holds no description of gemma_lora's")
     description = json.loads((folder / _FORMAT_1_DESCRIPTION).read_text(encoding="utf-8"))
     _check_format(description, 1)
     checksum = description.pop("checksum")
     text = json.dumps(description, sort_keys=True).encode()
-    for name in (_FILE, _FORMAT_1_OLD_TENSORS):
+    for name in (ADAPTER_FILE, _FORMAT_1_OLD_TENSORS):
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             if hashlib.sha256(text + content).hexdigest() == checksum:

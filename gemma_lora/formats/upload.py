@@ -4,7 +4,6 @@ Here: which files of a folder are sent, under which licence, and what a refusal 
 Not here: how such a folder is made (the other formats), whose token is used (`access`).
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from gemma_lora.access.fetch import AccessError, Source, access_error
 from gemma_lora.access.kaggle import THREE_WAYS, hide, share_colab_secrets
+from gemma_lora.formats.adapter import ADAPTER_FILE, described_base, embedded_text
 from gemma_lora.models import TINY, TINY_VOCABULARY
 from gemma_lora.tables import ShowsAsTable, Table
 
@@ -78,20 +78,19 @@ def upload(
     else stays: hidden files, links, checkpoints, credentials. The result names it.
 
     >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "adapter.json").write_text('{"base": "tiny_gemma_en"}')
-    >>> _ = (folder / "adapter.safetensors").write_bytes(bytes(2048))
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> _ = gl.enable_lora(model)
+    >>> folder = gl.save_adapter(model, tempfile.mkdtemp())
     >>> _ = (folder / ".env").write_text("what nobody else should see")
-    >>> upload(folder, "hf://ada/tiny", dry_run=True, card="An adapter for trips.")
+    >>> shown = upload(folder, "hf://ada/tiny", dry_run=True)
+    >>> print(*str(shown).splitlines()[:4], sep="\n")
     A dry run: nothing was sent. It would go to https://huggingface.co/ada/tiny
     A new model is private.
     Licence: Apache-2.0, as it is made from tiny_gemma_en, this project's own.
     Left out: .env
-    file                 bytes
-    README.md               21
-    adapter.json            25
-    adapter.safetensors  2,048
-    all                  2,094
+    >>> sorted(shown.files)
+    ['README.md', 'adapter.safetensors']
 
     Args:
         folder: From `gl.save_adapter`, `model.save_to_preset` or an export.
@@ -187,9 +186,14 @@ def _check_files(folder: Path, files: dict[str, int]) -> None:
             f"Found: {[*files] or 'none'}"
         )
     for name in files:
-        if name.endswith(_WEIGHTS):
+        file = folder / name
+        if not name.endswith(_WEIGHTS):
+            text = file.read_text("latin-1")
+        elif file.name == ADAPTER_FILE:
+            # An adapter's description stands in the file of its weights.
+            text = embedded_text(file) or ""
+        else:
             continue
-        text = (folder / name).read_text("latin-1")
         if hide(text) != text:
             raise ValueError(
                 f"{name} holds a token or key that this machine uses. Remove it, and run this "
@@ -212,23 +216,13 @@ def _check_card(readme: Path, card: str | None) -> None:
 
 def _is_tiny(folder: Path) -> bool:
     """Whether a folder's model, or its base, is the small model of this package."""
-    values = {}
-    for name in ("config.json", "adapter_config.json", "gemma_lora.json", "adapter.json"):
-        file = folder / name
-        try:
-            if file.is_file():
-                values |= json.loads(file.read_text("utf-8"))
-            base = Path(values.get("base_model_name_or_path") or values.get("base") or "")
-            inner = values.get("config", {}).get("vocabulary_size")
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read: {error}. Save or export it again.") from error
-    if base.is_absolute():
+    base, vocabulary_size = described_base(folder)
+    if Path(base).is_absolute():
         raise ValueError(
             f"The base is said to be {base}, a folder of this machine. Give a name when you export "
             "it."
         )
-    sizes = (inner, values.get("vocab_size"), values.get("vocabulary_size"))
-    return TINY_VOCABULARY in sizes or base.name == TINY
+    return vocabulary_size == TINY_VOCABULARY or Path(base).name == TINY
 
 
 def _credentials(source: Source) -> str:
