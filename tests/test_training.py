@@ -32,7 +32,7 @@ def weights_of(model) -> dict[str, np.ndarray]:
 
 
 def token_losses(model, encoded) -> np.ndarray:
-    """Cross-entropy of each token that counts, in NumPy, row by row, without padding."""
+    """Cross-entropy of each token that counts, in NumPy, row by row, unpadded."""
     losses = []
     for inputs, targets, weights in encoded.examples:
         ids = np.array([inputs])
