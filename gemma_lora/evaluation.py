@@ -10,13 +10,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from keras_hub.samplers import Sampler
+
 from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import state_of, template_of
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
-from gemma_lora.templates import text_pieces
+from gemma_lora.templates import Template, text_pieces
 from gemma_lora.tokens import Encoded, encode, shift_for_next_token, tokenizer_of
 from gemma_lora.training import measure_loss
 
@@ -120,7 +122,13 @@ class Evaluation(ShowsAsTable):
         return Table(rows, caption=caption)
 
 
-def evaluate(model, records, *, answers: bool | None = None, template=None) -> Evaluation:
+def evaluate(
+    model,
+    records: Sequence[Mapping],
+    *,
+    answers: bool | None = None,
+    template: str | Template | None = None,
+) -> Evaluation:
     """Measure the loss per token on records, and the share of right answers.
 
     An answer is right if it is the record's response word for word.
@@ -209,9 +217,9 @@ def compare(
     model,
     prompts: Sequence[str | Mapping],
     *,
-    sampler="greedy",
+    sampler: str | Sampler = "greedy",
     seed: int | None = None,
-    max_new_tokens=None,
+    max_new_tokens: int | None = None,
 ) -> Table:
     """Ask base and tuned the same, from one loaded model, side by side.
 

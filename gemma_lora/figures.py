@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -59,7 +60,7 @@ def plot_lengths(lengths: Sequence[int], *, sequence_length: int | None = None) 
     return finished(figure, axes, title)
 
 
-def plot_history(history) -> Figure:
+def plot_history(history: keras.callbacks.History) -> Figure:
     """Show what `fit` returned: training loss on the way, held-out loss per epoch.
 
     Args:

@@ -138,7 +138,7 @@ def enable_lora(
     model,
     *,
     rank: int = 4,
-    targets="query_value",
+    targets: str | Sequence[str] = "query_value",
     alpha: float | None = None,
     seed: int | None = None,
 ) -> LoraSummary:

@@ -11,9 +11,10 @@ table of devices, and to advice for a run that does not fit. How a program is ru
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import keras
@@ -553,10 +554,10 @@ class MemoryBudget(ShowsAsTable):
 
 
 def memory_budget(
-    preset,
+    preset: str | Path | keras_hub.models.CausalLM,
     *,
     rank: int = 4,
-    targets="query_value",
+    targets: str | Sequence[str] = "query_value",
     sequence_length: int | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,

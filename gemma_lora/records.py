@@ -137,7 +137,7 @@ def load_dolly(
 
 
 def load_records(
-    source,
+    source: str | Path | Iterable,
     *,
     columns: Mapping[str, str] | None = None,
     on_error: str = "raise",

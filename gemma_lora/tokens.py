@@ -243,7 +243,7 @@ def _checked(number: int, row) -> dict[str, str]:
 
 def show_tokens(
     model,
-    records,
+    records: Mapping[str, str] | Iterable[Mapping[str, str]],
     *,
     template: str | Template = "recipe",
     sequence_length: int = 256,

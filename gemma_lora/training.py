@@ -1,7 +1,7 @@
 """Train the adapters: one epoch or many, with validation, and a record of what was run.
 
-`fit` settles the options and keeps the record. `_train` is the loop: it reads from a
-batch to a Keras `History`. What a step computes is in `loss`; how records become
+`fit` settles the options, `_run` keeps the record, and `_train` is the loop: it reads
+from a batch to a Keras `History`. What a step computes is in `loss`; how records become
 batches is in `tokens` and `batches`; what a run shows and saves is in `progress` and
 `checkpoints`.
 """
@@ -11,7 +11,7 @@ import signal
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,16 +37,16 @@ from gemma_lora.loss import (
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import Settings, recommended, state_of, template_of
 from gemma_lora.progress import LossCurve, Progress
-from gemma_lora.templates import get_template
+from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Encoded, encode
 
 
 def fit(
     model,
-    train,
+    train: Iterable[Mapping],
     *,
-    validation=None,
-    template=None,
+    validation: Sequence[Mapping] | None = None,
+    template: str | Template | None = None,
     epochs: int = 1,
     batch_tokens: int | None = None,
     batch_size: int | None = None,
@@ -62,18 +62,16 @@ def fit(
 ) -> keras.callbacks.History:
     """Train a model's adapters, and only them.
 
-    Options left at None are taken from `recommended(model)`; the first line shows them
-    all. The published recipe is `fit(model, train, batch_size=1, sequence_length=256,
-    loss_on="all")`. Ctrl-C ends training after the current step and leaves a usable
-    model.
+    None takes what `recommended(model)` names; the first line shows every option.
+    The published recipe is `fit(model, train, batch_size=1, sequence_length=256,
+    loss_on="all")`. Ctrl-C ends training after a step and leaves a usable model.
 
     Args:
         model: A model with adapters, from `enable_lora`.
         train: Records to learn from.
         validation: Records to measure the loss on after each epoch.
-        template: Name of a template, or a `Template`. Prompts are rendered by it here
-            and, later, in `generate`. None keeps the template of an adapter that was
-            trained before, or loaded.
+        template: Name of a template, or a `Template`, for prompts here and later in
+            `generate`. None keeps that of an adapter trained before, or loaded.
         epochs: How often every record is learned from.
         batch_tokens: Tokens a step. Short records share a row, unseen by each other.
         batch_size: Records a step, whatever their length, instead of `batch_tokens`.
@@ -98,34 +96,38 @@ def fit(
         FloatingPointError: The loss became NaN or infinite.
     """
     check_only_adapters_train(model)
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")
-    if batch_size and batch_tokens:
-        raise ValueError(
-            "Choose one of batch_size and batch_tokens. Received: "
-            f"batch_size={batch_size!r}, batch_tokens={batch_tokens!r}"
-        )
-    settings = _settings(
-        model,
-        template=template,
-        sequence_length=sequence_length,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-    )
+    chosen = {"template": template, "sequence_length": sequence_length}
+    chosen |= {"batch_tokens": batch_tokens, "learning_rate": learning_rate}
+    chosen |= {"weight_decay": weight_decay}
+    settings = _settings(model, chosen, batch_size, epochs)
     seed = runtime.default_seed if seed is None else seed
     data = _prepare(model, train, validation, settings, batch_size, loss_on, seed)
     run = _record(data, settings, epochs, batch_size, loss_on, seed)
     if verbose != 0:
         _announce(run, data)
+    kept = None if checkpoint_dir is None else (checkpoint_dir, checkpoint_every)
+    return _run(model, data, settings, run, callbacks, kept, verbose)
 
+
+def _run(
+    model,
+    data: "_Data",
+    settings: Settings,
+    run: dict,
+    callbacks: Sequence[keras.callbacks.Callback],
+    kept: tuple[str | Path, int] | None,
+    verbose: int | str,
+) -> keras.callbacks.History:
+    """Train as `run` says, and attach the record of it to the model."""
     started = time.monotonic()
+    epochs = run["epochs"]
     optimizer = optimizer_for(settings)
     begin = Checkpoint(0, 0, {}, None, start_state(model, optimizer))
     checkpoints = None
-    if checkpoint_dir is not None:
+    if kept is not None:
+        folder, every = kept
         which = _same_run(model, run, data.encoded)
-        checkpoints = Checkpoints(checkpoint_dir, which, begin.state, every=checkpoint_every)
+        checkpoints = Checkpoints(folder, which, begin.state, every=every)
         begin = checkpoints.newest() or begin
     curve = LossCurve(data.batches, begin.curve)
     progress = Progress(data.batches, curve, epochs=epochs, verbose=verbose)
@@ -404,8 +406,16 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
     return data
 
 
-def _settings(model, **chosen) -> Settings:
+def _settings(model, chosen: dict, batch_size: int | None, epochs: int) -> Settings:
     """Return what is recommended for a model, with what the caller chose instead."""
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")
+    batch_tokens = chosen["batch_tokens"]
+    if batch_size and batch_tokens:
+        raise ValueError(
+            "Choose one of batch_size and batch_tokens. Received: "
+            f"batch_size={batch_size!r}, batch_tokens={batch_tokens!r}"
+        )
     chosen["template"] = chosen["template"] or template_of(model)
     given = {name: value for name, value in chosen.items() if value is not None}
     settings = replace(recommended(model), **given)

@@ -118,8 +118,6 @@ def public_definitions(tree: ast.Module):
             yield node
 
 
-# Until the rooms that are being rewritten have come back.
-@pytest.mark.xfail(strict=False)
 def test_every_module_and_every_public_function_has_a_docstring():
     missing = []
     for path in FILES:
@@ -130,8 +128,6 @@ def test_every_module_and_every_public_function_has_a_docstring():
     assert missing == []
 
 
-# Until the rooms that are being rewritten have come back.
-@pytest.mark.xfail(strict=False)
 def test_no_function_is_longer_than_70_lines():
     """A guard against rooms that grow until nobody can read them; aim at 60."""
     long = []
@@ -154,8 +150,6 @@ def test_every_public_function_says_what_it_returns():
     assert silent == []
 
 
-# Until the rooms that are being rewritten have come back.
-@pytest.mark.xfail(strict=False)
 def test_every_public_parameter_has_a_type():
     missing = []
     for name in gl.__all__:

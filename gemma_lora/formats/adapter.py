@@ -10,6 +10,7 @@ touches the model.
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -109,7 +110,9 @@ def save_adapter(model, folder: str | Path) -> Path:
     return folder
 
 
-def load_adapter(model, source: str | Path, *, targets=None, force: bool = False) -> LoraSummary:
+def load_adapter(
+    model, source: str | Path, *, targets: str | Sequence[str] | None = None, force: bool = False
+) -> LoraSummary:
     """Put a saved adapter on a model: LoRA on the right layers, and its exact weights.
 
     An adapter that the model has is replaced. If the new one has the same rank, alpha
