@@ -523,6 +523,6 @@ def named_sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
         options = sampler.get_config()
         options.pop("seed", None)
         return sampler, (type(sampler), repr(options))
-    # The configuration of a sampler from elsewhere may not tell everything. Its id stays
-    # its own, because the function compiled for it keeps it alive.
+    # The configuration of a sampler from elsewhere may not tell everything. Its id is
+    # unique, because the function compiled for it keeps it alive.
     return sampler, (type(sampler), id(sampler))
