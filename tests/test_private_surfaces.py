@@ -70,8 +70,8 @@ IN_PACKAGES = [
     "keras.optimizers.Optimizer.stateless_apply",
 ]
 # Documented, in spite of the underscore: what IPython asks for, and methods of named
-# tuples. (`_value` goes with the old training.py.)
-DOCUMENTED = {"_repr_html_", "_asdict", "_replace", "_value"}
+# tuples.
+DOCUMENTED = {"_repr_html_", "_asdict", "_replace"}
 FAMILIES = ["gemma", "gemma2", "gemma3"]
 
 

@@ -84,7 +84,8 @@ def upload(
     >>> folder = gl.save_adapter(model, tempfile.mkdtemp())
     >>> _ = (folder / ".env").write_text("what nobody else should see")
     >>> shown = upload(folder, "hf://ada/tiny", dry_run=True)
-    >>> print(*str(shown).splitlines()[:4], sep="\n")
+    >>> for line in str(shown).splitlines()[:4]:
+    ...     print(line)
     A dry run: nothing was sent. It would go to https://huggingface.co/ada/tiny
     A new model is private.
     Licence: Apache-2.0, as it is made from tiny_gemma_en, this project's own.
