@@ -46,7 +46,6 @@ _WORDS = {
     "server": "a fault at the other end",
     "unknown": "no such model",
 }
-_COLORS = {"✓": "#188038", "✗": "#d93025", "–": "#5f6368"}
 
 
 class Answer(NamedTuple):
@@ -85,12 +84,6 @@ class Check(ShowsAsTable):
             columns = {name: row[name] for name in ("check", "found", "fix")}
             rows.append({"": marks[row["ok"]], **columns})
         return Table(rows, caption=f"{self.preset}: {summary}")
-
-    def _repr_html_(self) -> str:
-        page = super()._repr_html_()
-        for mark, color in _COLORS.items():
-            page = page.replace(f">{mark}<", f'><b style="color:{color}">{mark}</b><')
-        return page
 
 
 def check(preset: str | Path = "gemma_2b_en") -> Check:
