@@ -23,7 +23,7 @@ def plain(project, hidden, targets, weights):
 
 
 # Few shapes, as each takes seconds to compile; `make test-full` draws many.
-@settings(max_examples=settings().max_examples // 10)
+@settings(max_examples=settings().max_examples // 20)
 @given(
     st.sampled_from([1, 7, CHUNK, CHUNK + 1, 3 * CHUNK]) | st.integers(1, 3 * CHUNK),
     st.integers(2, 50),

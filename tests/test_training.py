@@ -32,17 +32,20 @@ def weights_of(model) -> dict[str, np.ndarray]:
 
 
 def token_losses(model, encoded) -> np.ndarray:
-    """Cross-entropy of each token that counts, in NumPy, row by row, unpadded."""
+    """Cross-entropy of each token that counts, in NumPy, row by row.
+
+    Every row is padded behind its end, so that one shape serves all; no token sees what
+    comes after it.
+    """
     losses = []
     for inputs, targets, weights in encoded.examples:
-        ids = np.array([inputs])
-        logits = np.asarray(
-            model({"token_ids": ids, "padding_mask": np.ones_like(ids)}), "float64"
-        )[0]
+        ids = np.zeros((1, int(encoded.lengths.max())), "int32")
+        ids[0, : len(inputs)] = inputs
+        logits = np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+        logits = logits[0, : len(inputs)].astype("float64")
         highest = logits.max(-1, keepdims=True)
-        log_probabilities = (
-            logits - highest - np.log(np.exp(logits - highest).sum(-1, keepdims=True))
-        )
+        log_sums = np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        log_probabilities = logits - highest - log_sums
         losses += [-log_probabilities[i, target] for i, target in enumerate(targets) if weights[i]]
     return np.array(losses)
 
