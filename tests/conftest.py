@@ -35,7 +35,7 @@ os.environ.update(
     # one cache serves them all. With a size limit JAX locks its files, so no worker
     # reads half a program.
     JAX_COMPILATION_CACHE_DIR=str(Path(__file__).parents[1] / ".pytest_cache/jax"),
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.3",
     JAX_COMPILATION_CACHE_MAX_SIZE=str(2**31),
 )
 
