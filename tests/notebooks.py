@@ -25,6 +25,9 @@ PAGES = ROOT / "artifacts"
 README_PICTURE = ROOT / "notebooks/images/before_after.png"
 SHOWN = ("execute_result", "display_data", "update_display_data")
 
+# A kernel warns that its sockets on this machine are not encrypted.
+QUIET = ["--IPKernelApp.log_level=ERROR"]
+
 
 class TerminalClient(NotebookClient):
     """Executes a notebook and shows its text as it comes, progress bars included."""
@@ -75,6 +78,7 @@ def execute(path: Path, client=NotebookClient, *, fresh: bool = True) -> nbforma
         notebook,
         timeout=3600,
         kernel_name="python3",
+        extra_arguments=QUIET,
         coalesce_streams=True,
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
