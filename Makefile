@@ -8,7 +8,7 @@ COLAB_FREEZE ?= ../shared/colab/pip-freeze-cpu-2026-08-19.txt
 ALSO ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint lock.txt
-# Two workers, which take file after file in the order of tests/cells.py. A worker that crashes
+# Two workers, in the order of files that notebooks/conftest.py sets. A worker that crashes
 # is not replaced: pytest-xdist would wait for its file forever.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 QUICK := $(WORKERS) -m "not full and not peers"

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import keras
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -20,6 +19,7 @@ from gemma_lora.memory import DEVICES
 from gemma_lora.progress import BASE, CUT, INK, TUNED, finished, plot_losses
 
 if TYPE_CHECKING:
+    import keras
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 

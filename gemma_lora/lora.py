@@ -12,7 +12,7 @@ and exported is in `formats`.
 import difflib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -357,7 +357,7 @@ def merge(model, *, keep: bool = False) -> None:
             "The model has no adapters to merge. Call gl.enable_lora(model) or gl.load_adapter() "
             "first."
         )
-    if keep and state.merges:
+    if keep and state.merged:
         raise ValueError(
             "Only the first merge of a model can keep the kernels from before, and this model was "
             "merged before. Merge for good, gl.merge(model); if you want the adapter later, save "
@@ -378,7 +378,7 @@ def merge(model, *, keep: bool = False) -> None:
         # Ctrl-C as well must not leave half of the kernels merged.
         _restore(before)
         raise
-    state.merges = [Merge(state.lora, state.run, before if keep else None)]
+    state.merged = Merge(state.lora, state.run, before if keep else None)
     detach(model)
 
 
@@ -417,18 +417,16 @@ def remove_adapter(model) -> None:
         ValueError: There is nothing to take off but a merge that kept no kernels.
     """
     state = state_of(model)
-    # At most one: each merge replaces the record of the one before.
-    merge_done = state.merges[-1] if state.merges else None
-    if merge_done and merge_done.kernels is None and not lora_layers(model):
+    merged = state.merged
+    if merged and merged.kernels is None and not lora_layers(model):
         raise ValueError(
             "The adapter was merged without keep=True: load the model again, gl.load(...)."
         )
     detach(model)
-    if merge_done and merge_done.kernels is not None:
-        _restore(merge_done.kernels)
-        state.merges = []
-        merge_done = None
-    state.run = merge_done.run if merge_done else None
+    if merged and merged.kernels is not None:
+        _restore(merged.kernels)
+        state.merged = None
+    state.run = state.merged.run if state.merged else None
 
 
 def _restore(kernels: list[tuple[keras.Layer, np.ndarray]]) -> None:
@@ -513,23 +511,3 @@ def fingerprints(model) -> dict:
         "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
     }
-
-
-@contextmanager
-def overridden(objects: Sequence, name: str, function: Callable) -> Iterator[None]:
-    """Within this context each object has `function` as its method `name`.
-
-    It is for what Keras gives no other way to change, while a program is traced.
-
-    >>> dogs = [type("Dog", (), {})()]
-    >>> with overridden(dogs, "speak", lambda dog, times: "woof " * times):
-    ...     dogs[0].speak(2)
-    'woof woof '
-    """
-    for each in objects:
-        setattr(each, name, partial(function, each))
-    try:
-        yield
-    finally:
-        for each in objects:
-            delattr(each, name)

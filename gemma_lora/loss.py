@@ -6,8 +6,8 @@ functions that JAX compiles; `training.fit` calls them, and `memory` asks the co
 about them. Nothing here loops over batches, prints or saves.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
-from gemma_lora.lora import overridden
 from gemma_lora.models import Settings, state_of
 
 # Logits are held for so many tokens at once. With Gemma's vocabulary of 256,000 that is
@@ -210,18 +209,19 @@ def measuring_step(model) -> Callable:
     return state_of(model).steps.setdefault("measure", step)
 
 
-def averages(sums, *, prefix: str = "") -> dict[str, float]:
+def averages(sums) -> dict[str, float]:
     """Turn sums into loss (nats a token) and accuracy, under Keras's names.
 
-    >>> averages([6.0, 1.0, 4.0], prefix="val_")
-    {'val_loss': 1.5, 'val_accuracy': 0.25}
+    >>> averages([6.0, 1.0, 4.0])
+    {'loss': 1.5, 'accuracy': 0.25}
     """
     losses, right, tokens = map(float, sums)
     tokens = max(tokens, 1.0)
-    return {f"{prefix}loss": losses / tokens, f"{prefix}accuracy": right / tokens}
+    return {"loss": losses / tokens, "accuracy": right / tokens}
 
 
-def records_apart(model) -> AbstractContextManager:
+@contextmanager
+def records_apart(model) -> Iterator[None]:
     """Within this context each token attends only to its own record, up to itself.
 
     Short records share a row (see `batches`). There `padding_mask` numbers the records,
@@ -229,14 +229,22 @@ def records_apart(model) -> AbstractContextManager:
     from the start of the row, not of the record; Gemma's rotary attention depends on
     differences of positions alone, so that changes nothing.
     """
+    # private: `_compute_attention_mask` of KerasHub's Gemma blocks. It is replaced only
+    # while a program is traced.
+    blocks = model.backbone.transformer_layers
 
     def own_record(block, x, numbers, *rest):
-        # private: `_compute_attention_mask` of KerasHub's Gemma blocks.
         causal = type(block)._compute_attention_mask(block, x, None, *rest)
         same = numbers[:, :, None] == numbers[:, None, :]
         return ops.cast(ops.logical_and(causal, same), "int32")
 
-    return overridden(model.backbone.transformer_layers, "_compute_attention_mask", own_record)
+    for block in blocks:
+        block._compute_attention_mask = partial(own_record, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block._compute_attention_mask
 
 
 def optimizer_for(settings: Settings) -> keras.optimizers.Optimizer:

@@ -1,7 +1,7 @@
 """Estimate a run's memory before any download, and again when memory runs out.
 
-For the backend at hand, the programs of training and answering are compiled for arrays
-that have a shape but no values, and the compiler says how much it would reserve. For a
+For this machine, the programs of training and answering are compiled for arrays that
+have a shape but no values, and the compiler says how much it would reserve. For a
 device that is not here, the same parts are counted with a formula.
 
 The file goes from a model's shape to what is counted, to what the compiler says, to a
@@ -399,12 +399,12 @@ def _peak(program: jax.stages.Compiled) -> int:
 class MemoryBudget(ShowsAsTable):
     """What a run needs. Shows as a table of devices.
 
-    Each part of training is an attribute, too, in bytes: `budget.logits`.
+    Each part of training is also an attribute, in bytes: `budget.logits`.
 
     Attributes:
         need: The model and the settings.
-        parts: Bytes of a training step on the backend at hand.
-        generation: Peak of answering on the backend at hand, in bytes.
+        parts: Bytes of a training step on this backend.
+        generation: Peak of answering on this backend, in bytes.
         compiled: Whether the compiler said so; otherwise both were counted.
         vision: Whether the preset has a vision encoder, which is not budgeted.
     """
@@ -429,7 +429,7 @@ class MemoryBudget(ShowsAsTable):
 
     @property
     def training(self) -> int:
-        """Peak of training on the backend at hand, in bytes."""
+        """Peak of training on this backend, in bytes."""
         return self.parts.total
 
     @property
@@ -668,7 +668,7 @@ def _advice(model, answering: bool, settings: dict) -> str:
         return ""
     device, capacity = this_machine()
     peak = budget.generation if answering else budget.training
-    # It did not fit, whatever the estimate says: other programs take memory, too.
+    # It did not fit, whatever the estimate says: other programs also take memory.
     room = min(capacity, 0.8 * peak)
     changes = budget.nearest(room, bfloat16=_bfloat16_saves_memory(), answering=answering)
     nearest = budget.in_words(changes)

@@ -96,7 +96,7 @@ class State:
             run.
         trainable: Layers and weights, and whether each trained before the adapters
             came, so that `remove_adapter` can restore it. None without adapters.
-        merges: The last `Merge` into the kernels, if there was one.
+        merged: The last `Merge` into the kernels, or None.
         tokenizer: The model's `tokens.Tokenizer`, once somebody needed it.
         steps: What `fit` and `evaluate` compiled, so that a second call need not.
         samplers: What `generate` and `stream` compiled, for the same reason.
@@ -108,7 +108,7 @@ class State:
     lora: Any = None
     run: dict | None = None
     trainable: list | None = None
-    merges: list[Merge] = field(default_factory=list)
+    merged: Merge | None = None
     tokenizer: Any = None
     steps: dict = field(default_factory=dict)
     samplers: dict = field(default_factory=dict)

@@ -36,7 +36,7 @@ def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) 
         seed: Seeds Python, NumPy and Keras, and is what `seed=None` means in every
             helper. Once keras_hub is imported, only Python, NumPy and the helpers get
             the new seed: reseeding TensorFlow would break tokenizers that exist
-                already.
+            already.
         backend: "jax", "tensorflow" or "torch". Training and generation are tested on
             "jax" only.
         memory_fraction: Share of a GPU's memory that JAX reserves at the start, in one
@@ -97,7 +97,7 @@ def override_parameters(namespace: dict) -> None:
     """
     for name, value in list(namespace.items()):
         text = os.environ.get(f"GEMMA_LORA_{name}")
-        # A bool is an int, too.
+        # A bool is also an int.
         if text is None or not name.isupper() or not isinstance(value, str | int | float):
             continue
         try:

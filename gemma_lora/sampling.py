@@ -79,7 +79,7 @@ def generate(
         of the prompts.
 
     Raises:
-        ValueError: A prompt is empty or not text, an argument is none of the above,
+        ValueError: A prompt is empty or not text, an argument is invalid,
             or "beam" is asked of a Gemma 3, for which KerasHub has no beam search.
         MemoryError: The batch does not fit. The text says what would.
     """

@@ -31,7 +31,7 @@ class Tokenizer:
         keras_tokenizer: The tokenizer of a KerasHub model's preprocessor.
 
     Raises:
-        ValueError: There is none, or it has no SentencePiece vocabulary.
+        ValueError: There is no tokenizer, or it has no SentencePiece vocabulary.
     """
 
     def __init__(self, keras_tokenizer):

@@ -11,7 +11,7 @@ import signal
 import textwrap
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,7 +178,8 @@ def _train(
                 live.tell("on_train_batch_begin", done)
                 _wait_for_step_before(live.state.sums, done)
                 live.state, changed = step(*live.state, frozen, batch)
-                frozen = [changed.get(i, value) for i, value in enumerate(frozen)]
+                for index, value in changed.items():
+                    frozen[index] = value
                 curve.after_step(live.state.sums)
                 progress.after_step()
                 live.tell("on_train_batch_end", done, live.logs())
@@ -190,7 +191,7 @@ def _train(
             curve.end_epoch()
             logs = averages(live.state.sums)
             if data.held_out_batches and not live.pressed:
-                logs |= _validate(live, frozen, data.held_out_batches)
+                logs |= _validate(live, data.held_out_batches)
             progress.end_epoch(logs)
             live.tell("on_epoch_end", epoch, logs)
             if checkpoints:
@@ -224,8 +225,7 @@ class _Live:
         self.state = state
         self.pressed = pressed
         self.history = keras.callbacks.History()
-        self.is_watched = bool(callbacks)
-        self._callbacks = [*callbacks]
+        self.callbacks = [*callbacks]
         self._heard: dict[str, bool] = {}
         hooks = [*callbacks, self.history]
         self._hooks = keras.callbacks.CallbackList(hooks, model=model, **params)
@@ -268,7 +268,7 @@ class _Live:
         if hook not in self._heard:
             # Keras's on_train_batch_end calls on_batch_end, which is older.
             names = (hook, hook.replace("train_batch", "batch"))
-            methods = [getattr(callback, name) for callback in self._callbacks for name in names]
+            methods = [getattr(callback, name) for callback in self.callbacks for name in names]
             inherited = [getattr(keras.callbacks.Callback, name) for name in names]
             functions = [getattr(method, "__func__", method) for method in methods]
             self._heard[hook] = any(function not in inherited for function in functions)
@@ -284,37 +284,50 @@ class _Live:
         return Checkpoint(epoch, step, history, curve.saved(epoch, step), self.state)
 
 
-def _validate(live: _Live, frozen: list, batches: Batches) -> dict[str, float]:
+def _validate(live: _Live, batches: Batches) -> dict[str, float]:
     """Measure a run's held-out loss; {} if Ctrl-C was pressed meanwhile."""
-    step = measuring_step(live.model)
-    sums = jnp.zeros(3)
     live.tell("on_test_begin")
-    for index, batch in enumerate(batches):
-        live.tell("on_test_batch_begin", index)
-        _wait_for_step_before(sums, index)
-        sums = step(sums, live.state.adapters, frozen, batch)
-        live.tell("on_test_batch_end", index)
-        if live.pressed:
-            # The loss of some of the records would be a wrong number.
-            return {}
-    logs = averages(sums, prefix="val_")
-    live.tell("on_test_end", logs)
+    adapters = live.state.adapters
+    measured = measure_loss(
+        live.model, batches, adapters=adapters, pressed=live.pressed, tell=live.tell
+    )
+    logs = {f"val_{name}": value for name, value in measured.items()}
+    if logs:
+        live.tell("on_test_end", logs)
     return logs
 
 
-def measure_loss(model, batches: Batches, pressed: Sequence = ()) -> dict[str, float]:
-    """Measure loss (nats a token) and accuracy of a model as it is.
+def measure_loss(
+    model,
+    batches: Batches,
+    *,
+    adapters: list | None = None,
+    pressed: Sequence = (),
+    tell: Callable = lambda hook, *arguments: None,
+) -> dict[str, float]:
+    """Measure loss (nats a token) and accuracy on batches.
+
+    Args:
+        model: The model.
+        batches: What to measure on.
+        adapters: Values for `model.trainable_variables`. None takes the model's own.
+        pressed: Ends the measuring once it is not empty.
+        tell: Called before and after each batch, as in `_Live.tell`.
 
     Returns:
-        {"loss": ..., "accuracy": ...}, or {} once `pressed` is not empty.
+        {"loss": ..., "accuracy": ...}, or {} if it was ended: the loss of some of the
+        records would be a wrong number.
     """
     step = measuring_step(model)
-    adapters = [variable.value for variable in model.trainable_variables]
+    if adapters is None:
+        adapters = [variable.value for variable in model.trainable_variables]
     frozen = frozen_values(model)
     sums = jnp.zeros(3)
     for index, batch in enumerate(batches):
+        tell("on_test_batch_begin", index)
         _wait_for_step_before(sums, index)
         sums = step(sums, adapters, frozen, batch)
+        tell("on_test_batch_end", index)
         if pressed:
             return {}
     return averages(sums)
@@ -323,11 +336,11 @@ def measure_loss(model, batches: Batches, pressed: Sequence = ()) -> dict[str, f
 def _before_and_after(live: _Live, batches: Batches) -> dict[str, dict[str, float]]:
     """Measure the held-out loss of base and tuned; {} once Ctrl-C was pressed."""
     tuned = live.history.history["val_loss"][-1]
-    if live.is_watched:
+    if live.callbacks:
         # A callback may have put back the weights of an earlier epoch.
-        tuned = measure_loss(live.model, batches, live.pressed).get("loss")
+        tuned = measure_loss(live.model, batches, pressed=live.pressed).get("loss")
     with adapters_off(live.model):
-        base = measure_loss(live.model, batches, live.pressed).get("loss")
+        base = measure_loss(live.model, batches, pressed=live.pressed).get("loss")
     return {} if live.pressed else {"held_out_loss": {"base": base, "tuned": tuned}}
 
 

@@ -233,7 +233,7 @@ def main(freeze: Path) -> None:
     python = python313()
     if not freeze.is_file():
         cannot(
-            f"It needs a `pip freeze` of Colab, and there is none at {freeze}. "
+            f"It needs a `pip freeze` of Colab, and {freeze} does not exist. "
             "COLAB_FREEZE=... says where one is."
         )
     # Lines with a version only: no addresses, no files of Colab's own.

@@ -1,6 +1,6 @@
 """Settle what the libraries under test read once, at import, and provide models.
 
-How notebooks become tests stands in tests/cells.py.
+How notebooks become tests stands in notebooks/conftest.py.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 python tests/notebooks.py demo|save
 
-That their outputs are what is committed, `pytest notebooks` checks: see tests/cells.py.
+`pytest notebooks` checks their outputs: see notebooks/conftest.py.
 """
 
 import base64

@@ -205,7 +205,7 @@ DAMAGES = {
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("place", [CONFIG, WEIGHTS, VOCABULARY])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_copy_loads_anew_or_is_named(kaggle, tmp_path, damage, place, marked):
+def test_a_damaged_copy_loads_again_or_is_named(kaggle, tmp_path, damage, place, marked):
     fetch_all()
     file = cached(tmp_path / "cache", place)
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
@@ -299,14 +299,19 @@ def test_a_fault_of_the_hub_ends_in_a_model_or_a_sentence_too(model_hub, fault, 
     expect_recovery(model_hub, HF)
 
 
-@pytest.mark.parametrize("fault", ["stopped", HANG, 429, 503, RESET])
-def test_a_hub_that_fails_altogether_is_named_soon(model_hub, fault):
-    reason = {429: "busy", 503: "server"}.get(fault, "network")
+def fail_altogether(model_hub, fault) -> None:
+    """Let the Hub answer every request with a fault; "stopped" closes its port."""
     model_hub.failing = {"": fault}
     if fault == "stopped":
         model_hub.stop()
     if fault == HANG:
         wait_half_a_second()
+
+
+@pytest.mark.parametrize("fault", ["stopped", HANG, 429, 503, RESET])
+def test_a_hub_that_fails_altogether_is_named_soon(model_hub, fault):
+    reason = {429: "busy", 503: "server"}.get(fault, "network")
+    fail_altogether(model_hub, fault)
     start = time.monotonic()
     expect(f"Hub: {fault}, for all", CONFIG, reason, ("Hub",), preset=HF)
     assert time.monotonic() - start < 5
@@ -328,11 +333,7 @@ def test_a_gated_repository_of_nobody_asks_for_a_token(model_hub, monkeypatch):
 @pytest.mark.parametrize("fault", ["stopped", HANG, 401, 503, RESET])
 def test_what_was_loaded_once_loads_without_the_hub(model_hub, fault):
     assert outcome(preset=HF) == (LOADS, "")
-    model_hub.failing = {"": fault}
-    if fault == "stopped":
-        model_hub.stop()
-    if fault == HANG:
-        wait_half_a_second()
+    fail_altogether(model_hub, fault)
     start = time.monotonic()
     expect(f"Hub: {fault}, after all was fetched", "all", LOADS, preset=HF)
     assert time.monotonic() - start < 10

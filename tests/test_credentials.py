@@ -488,7 +488,7 @@ def test_colabs_exceptions_become_words(kaggle, error, words):
     agree(kaggle, None, None)
 
 
-def test_a_secret_that_was_put_right_is_read_anew(kaggle):
+def test_a_secret_that_was_put_right_is_read_again(kaggle):
     userdata = colab(KAGGLE_API_TOKEN=("NotebookAccessError", ""))
     agree(kaggle, None, None)
     userdata.secrets["KAGGLE_API_TOKEN"] = "KGAT_mistyped"

@@ -58,7 +58,7 @@ def test_adapters_off_compiles_nothing_again(random_model, caplog):
         return [message for message in caplog.messages if message.startswith("Compiling")]
 
     with gl.adapters_off(model):
-        # Zeros and copies are compiled the first time, too.
+        # Zeros and copies are also compiled the first time.
         pass
     with jax.log_compiles():
         gl.generate(model, "What is the capital of France?", max_new_tokens=4)

@@ -114,7 +114,7 @@ def test_a_merge_without_keep_is_final_and_lets_go_of_kept_kernels(random_model)
     both = tuned(model, targets="all_linear")
     gl.merge(model)
     assert np.abs(logits(model) - both).max() < 1e-5 * np.abs(both).max()
-    assert [merge.kernels for merge in model.gemma_lora.merges] == [None]
+    assert model.gemma_lora.merged.kernels is None
     with pytest.raises(ValueError, match="load the model again"):
         gl.remove_adapter(model)
 
@@ -164,7 +164,7 @@ def test_the_record_of_the_last_merge_is_the_models(random_model):
         gl.enable_lora(model, rank=rank)
         model.gemma_lora.run = {"rows": rank}
         gl.merge(model)
-        (merge,) = model.gemma_lora.merges
+        merge = model.gemma_lora.merged
         assert (merge.lora.rank, merge.run, model.gemma_lora.run) == (rank, *[{"rows": rank}] * 2)
 
 

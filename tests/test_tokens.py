@@ -177,7 +177,7 @@ def test_any_text_is_encoded_within_the_length_or_refused_clearly(rows, length):
         )
         assert (
             example.inputs.count(tokenizer.bos_id) == 1
-        )  # what looks like a control token in a text is none
+        )  # a text that looks like a control token is not one
         assert sum(example.weights) == len(
             tokenizer.encode(text_pieces(records[number]["response"]))
         ) + 1 or (len(example.inputs) == length)

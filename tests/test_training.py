@@ -233,7 +233,7 @@ def test_callbacks_see_the_weights_and_the_optimizer_of_each_step(tiny_lora, wor
     assert not any(np.any(layer.lora_kernel_b) for layer in layers)
 
 
-def test_dropout_draws_anew_at_each_step(random_model, world):
+def test_dropout_draws_again_at_each_step(random_model, world):
     model = random_model("gemma", dropout=0.5)
     gl.enable_lora(model, seed=0)
     history = gl.fit(model, world[0].select(range(4)), epochs=3, learning_rate=1e-12, verbose=0)

@@ -293,7 +293,7 @@ def check_characters(credentials: KaggleApiCredentials, place: str) -> None:
 
 
 def check_hub_token() -> str | None:
-    """Say where the Hub's token is; None if there is none.
+    """Say where the Hub's token is; None without a token.
 
     Raises ValueError, without the value, if it cannot be read or sent.
     """

@@ -72,7 +72,7 @@ def save_adapter(model, folder: str | Path) -> Path:
     Args:
         model: A model with adapters.
         folder: Where to save; it is created if needed. An adapter in it is replaced at
-            one stroke: if the process ends meanwhile, the old one is there, or the new.
+            one step: if the process ends meanwhile, either the old or the new is there.
 
     Returns:
         The folder.
@@ -256,7 +256,7 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def embedded_text(path: Path) -> str | None:
-    """Return the description in an adapter's file, as JSON; None if there is none.
+    """Return the description in an adapter's file, as JSON; None without one.
 
     Only the head of the file is read.
     """
@@ -415,7 +415,7 @@ def _check_base(model, source, description: dict, force: bool) -> None:
     The fingerprints say it, where the adapter has them. `force` accepts other weights
     of the same architecture, vocabulary and shapes.
     """
-    merged_here = bool(state_of(model).merges)
+    merged_here = state_of(model).merged is not None
     merged_there = bool(description.get("merged"))
     differing = [
         name

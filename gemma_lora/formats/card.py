@@ -89,25 +89,25 @@ def model_card(model, *, kind: str = "keras") -> str:
             a saved KerasHub preset.
 
     Raises:
-        ValueError: If `kind` is none of these.
+        ValueError: `kind` is anything else.
     """
     if kind not in _LOAD:
         raise ValueError(f"A card's kind is one of {', '.join(_LOAD)}. Received: {kind!r}")
     state = state_of(model)
-    merge = state.merges[-1] if state.merges else None
-    lora = state.lora or (merge and merge.lora)
+    merged = state.merged
+    lora = state.lora or (merged and merged.lora)
     tiny = model.backbone.vocabulary_size == TINY_VOCABULARY
     base = base_name(model)
 
     load = _LOAD[kind].format(base=base)
-    if merge and kind == "adapter":
-        warning = f"# The base is {base} with another adapter merged into it: save that model, too."
+    if merged and kind == "adapter":
+        warning = f"# The base is {base} with another adapter merged into it: also save that model."
         load = f"{warning}\n{_LOAD[kind].format(base='the-merged-model')}"
     kin = "a small teaching model, not one of Google's" if tiny else "a model of the Gemma family"
     facts = [f"- Base: `{base}`, {kin}."]
     if lora:
-        merged = kind == "transformers" or state.lora is None
-        facts.append(_fact_of_lora(lora, merged))
+        in_kernels = kind == "transformers" or state.lora is None
+        facts.append(_fact_of_lora(lora, in_kernels))
     if state.run:
         facts += _facts_of_run(state.run)
     page = _PAGE.format(
@@ -121,9 +121,9 @@ def model_card(model, *, kind: str = "keras") -> str:
     return page + _MARK.format(_digest(page + "\n")) + "\n"
 
 
-def _fact_of_lora(lora: LoraSummary, merged: bool) -> str:
+def _fact_of_lora(lora: LoraSummary, in_kernels: bool) -> str:
     targets = ", ".join(lora.targets)
-    where = ", merged into the kernels" if merged else ""
+    where = ", merged into the kernels" if in_kernels else ""
     return f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {targets}{where}."
 
 
@@ -150,7 +150,7 @@ def describe(model) -> dict:
     """
     state = state_of(model)
     run = None if state.run is None else state.run | {"template": vars(state.run["template"])}
-    merged = bool(state.merges)
+    merged = state.merged is not None
     description = {"base": base_name(model), "merged": merged, **fingerprints(model), "run": run}
     return json.loads(json.dumps(description, default=float))
 
