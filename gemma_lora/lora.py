@@ -336,8 +336,8 @@ def merge(model, *, keep: bool = False) -> None:
     the kernel's dtype. The model still knows the template it was tuned with.
 
     Only the first merge of a model can keep the kernels from before, so that
-    `remove_adapter` can undo it. A merge without `keep` is final: it also lets go of
-    the kernels that an earlier merge kept.
+    `remove_adapter` can undo it. A merge without `keep` is final: it also drops the
+    kernels that an earlier merge kept.
 
     While it merges, the kernels from before are held in the host's memory. If it fails
     or is interrupted, the model stays as it was.

@@ -103,7 +103,7 @@ def text_pieces(text: str) -> list[str]:
 def _cut(text: str, data: list[tuple[int, int]]) -> list[str]:
     """Cut a text after the first letter of each control token that touches data.
 
-    One that lies only partly within data is cut, too: the template "<{instruction}>"
+    One that lies only partly within data is also cut: the template "<{instruction}>"
     must not turn the instruction "eos" into a token.
     """
     cuts = [
