@@ -31,6 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+from contenders import compile_as_recipe
+
 HERE = Path(__file__).resolve()
 REPOSITORY = HERE.parents[2]
 VOCABULARY = REPOSITORY / "gemma_lora/tiny/tiny_gemma_en/assets/tokenizer/vocabulary.spm"
@@ -65,7 +67,8 @@ def geometry(layers, query_heads, key_value_heads, hidden, intermediate, vocabul
     }
 
 
-# Gemma 1 counts gate and value together in intermediate_dim, Gemma 3 one of them.
+# Gemma 1 counts gate and value together in intermediate_dim, Gemma 3 one of them. We
+# do not take the table of gemma_lora.memory: the process that measures PEFT has no Keras.
 GEOMETRIES = {
     "gemma_2b": geometry(18, 8, 1, 2048, 32768, 256_000),
     "gemma_7b": geometry(28, 16, 16, 3072, 49152, 256_000),
@@ -462,18 +465,9 @@ def train_ours(
 def train_stock(session: Session, dtype: str, lengths: tuple[int, ...] = (256, 512)) -> None:
     """Measure the published recipe on stock KerasHub: batch 1, loss on every token."""
     start_keras(ours=False)
-    import keras
-
     shape = session.geometry("gemma_2b")
     model = random_gemma("gemma_2b", dtype, shape)
-    model.backbone.enable_lora(rank=4)
-    optimizer = keras.optimizers.AdamW(learning_rate=5e-5, weight_decay=0.01)
-    optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
-    model.compile(
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        optimizer=optimizer,
-        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
-    )
+    compile_as_recipe(model)
     labels = {"library": "stock", "model": "gemma_2b", "dtype": dtype, "base": dtype}
     steps_of = {256: 40, 512: 24}
     for length, steps in ((64, 4),) if session.tiny else [(n, steps_of[n]) for n in lengths]:
@@ -799,8 +793,8 @@ def budgets(session: Session) -> None:
         )
 
 
-# In order of value. Above each: its seconds on an H100. Those of the first six were measured on
-# 2026-11-26, the others guessed: a step of Gemma 2B takes a minute to compile there.
+# In order of value. Above each of the later ones: its seconds on an H100, guessed before any
+# run. A step of Gemma 2B takes a minute to compile there.
 PARTS = {
     # These four fit into six minutes; the rest of the list takes another twenty.
     "gl_4x512": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], answer=PROMPTS[1:]),

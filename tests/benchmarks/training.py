@@ -3,11 +3,9 @@ starting weights, one process each in turn. Prints tables; writes
 results/training_DEVICE.json and a figure.
 
 python tests/benchmarks/training.py [--rows 1000] [--repeats 3] [--data DOLLY.jsonl]
-[--gemma-2b]
 
 Ours and PEFT learn from all rows in each repeat; the recipe, whose steps are all alike,
-from a part in each. With --gemma-2b, for a GPU: Gemma 2B's geometry in bfloat16 with
-random weights, sequence length 512.
+from a part in each. For a GPU there is gpu.py.
 """
 
 import argparse
@@ -31,15 +29,6 @@ HERE = Path(__file__).parent
 ROWS = HERE.parents[2] / "shared/data/dolly_open_qa_3000.jsonl"
 SMALL = {"num_layers": 6, "num_query_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
 SMALL |= {"hidden_dim": 256, "intermediate_dim": 2048, "vocabulary_size": 8_000}
-GEMMA_2B = {"num_layers": 18, "num_query_heads": 8, "num_key_value_heads": 1, "head_dim": 256}
-GEMMA_2B |= {"hidden_dim": 2048, "intermediate_dim": 32768, "vocabulary_size": 256_000}
-PEAK = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "T4": 65e12,
-}  # bfloat16 FLOP/s, without sparsity
 
 
 def measure(what: str, folder: Path, environment: dict | None = None, **options) -> dict:
@@ -97,10 +86,7 @@ def speed_table(found: dict) -> Table:
             "compiling": f"{result.get('compiling', 0):.1f} s",
             "peak memory": f"{result['peak MiB']:,.0f} MiB",
         }
-        rows.append(
-            row
-            | ({"utilisation": f"{result['utilisation']:.1%}"} if "utilisation" in result else {})
-        )
+        rows.append(row)
     return Table(rows)
 
 
@@ -160,18 +146,14 @@ def answering(folder: Path) -> dict:
     }
 
 
-def device() -> tuple[str, float | None]:
-    """This machine's name for a file, and its peak in FLOP/s if that is known."""
+def device() -> str:
+    """Name this machine for a file: its GPU, or else how many cores it has."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    gpu = (
-        subprocess.run(query, capture_output=True, text=True, check=False)
-        if shutil.which(query[0])
-        else None
-    )
-    if gpu and gpu.returncode == 0 and gpu.stdout.strip():
-        name = gpu.stdout.splitlines()[0].strip()
-        return name, next((peak for key, peak in PEAK.items() if key in name), None)
-    return f"{os.cpu_count()} CPU cores", None
+    if shutil.which(query[0]):
+        names = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        if names.strip():
+            return names.splitlines()[0].strip()
+    return f"{os.cpu_count()} CPU cores"
 
 
 def main() -> None:
@@ -181,9 +163,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--data", type=Path, default=ROWS)
-    parser.add_argument("--gemma-2b", action="store_true")
     options = parser.parse_args()
-    name, peak = device()
+    name = device()
     out = HERE / "results" / f"training_{name.replace(' ', '_')}.json"
     out.parent.mkdir(exist_ok=True)
     found = {
@@ -200,22 +181,15 @@ def main() -> None:
         folder = Path(place)
         rows = gl.load_records(options.data) if options.data.is_file() else gl.load_dolly(rows=3000)
         folder.joinpath("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        dtypes = ("bfloat16",) if options.gemma_2b else ("float32", "bfloat16")
-        model = {"geometry": GEMMA_2B if options.gemma_2b else SMALL, "dtype": dtypes[0]}
-        found["model"] = measure("prepare", folder, **model)
-        lengths = (512,) if options.gemma_2b else (256, 512)
-        found["speed"] = speeds(folder, options.rows, options.repeats, lengths, dtypes)
-        for result in (
-            found["speed"].values() if peak else ()
-        ):  # 2 FLOP a parameter and token forwards, as many backwards
-            result["utilisation"] = 4 * found["model"]["parameters"] * result["rate"] / peak
-        if not options.gemma_2b:
-            found["step"] = {
-                str(shape): measure("steps", folder, shape=shape, repeats=7)
-                for shape in ((4, 256), (2, 512))
-            }
-            found["tiny"] = small_world(folder, options.repeats)
-            found["answers"] = answering(folder)
+        dtypes = ("float32", "bfloat16")
+        found["model"] = measure("prepare", folder, geometry=SMALL, dtype=dtypes[0])
+        found["speed"] = speeds(folder, options.rows, options.repeats, (256, 512), dtypes)
+        found["step"] = {
+            str(shape): measure("steps", folder, shape=shape, repeats=7)
+            for shape in ((4, 256), (2, 512))
+        }
+        found["tiny"] = small_world(folder, options.repeats)
+        found["answers"] = answering(folder)
     out.write_text(json.dumps(found, indent=1) + "\n")
     report(found, out)
 
@@ -252,7 +226,6 @@ def report(found: dict, out: Path) -> None:
             print(
                 f", compiles included; {compiled:.2f} x compiled, {tokens:.2f} x the tokens a second"
             )
-        print("No GPU here: no figures for Gemma 2B's geometry.")
     rates = {name: result["rate"] for name, result in found["speed"].items()}
     figure = plot_bars(
         rates, title=f"Real tokens a second ({found['device']}, {found['date']})", form="{:,.0f}"
