@@ -161,6 +161,7 @@ def _train(
     step = training_step(live.model, live.optimizer)
     frozen = frozen_values(live.model)
     first = begin.step
+    steps_run = 0
     with live:
         live.tell("on_train_begin")
         live.history.epoch = [*range(begin.epoch)]
@@ -176,7 +177,8 @@ def _train(
             done = first
             for batch in data.batches:
                 live.tell("on_train_batch_begin", done)
-                _wait_for_step_before(live.state.sums, done)
+                _wait_for_step_before(live.state.sums, steps_run)
+                steps_run += 1
                 live.state, changed = step(*live.state, frozen, batch)
                 for index, value in changed.items():
                     frozen[index] = value
@@ -344,16 +346,16 @@ def _before_and_after(live: _Live, batches: Batches) -> dict[str, dict[str, floa
     return {} if live.pressed else {"held_out_loss": {"base": base, "tuned": tuned}}
 
 
-def _wait_for_step_before(sums, index: int) -> None:
-    """On a CPU, wait for a step before the next begins.
+def _wait_for_step_before(sums, count: int) -> None:
+    """On a CPU, wait for a step before the next begins; `count` steps have begun.
 
     The next one can then have its scratch memory, and no second one is needed. The C
-    library may have put something small into it; what is left over goes back to the
-    system now and then.
+    library may have put something small into it. So at the beginning, and now and then,
+    what is left over goes back to the system. The step after that is slower.
     """
     if jax.default_backend() == "cpu":
         jax.block_until_ready(sums)
-        if index < 4 or index % 100 == 0:
+        if count < 4 or count % 100 == 0:
             runtime.return_memory()
 
 
