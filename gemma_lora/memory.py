@@ -524,8 +524,9 @@ class MemoryBudget(ShowsAsTable):
                     need = replace(need, batch_size=need.batch_size // 2)
                 elif not answers and need.prompts > 1:
                     need = replace(need, prompts=need.prompts // 2)
-                elif need.sequence_length >= 2 * _SHORTEST:
-                    need = replace(need, sequence_length=need.sequence_length // 2)
+                elif need.sequence_length > _SHORTEST:
+                    shorter = max(_SHORTEST, need.sequence_length // 2)
+                    need = replace(need, sequence_length=shorter)
                 else:
                     break
         return None

@@ -3,6 +3,8 @@
 How notebooks become tests stands in notebooks/conftest.py.
 """
 
+import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -40,10 +42,60 @@ os.environ.update(
 )
 
 
+def share_of_the_cores() -> None:
+    """Give each of xdist's workers cores of its own.
+
+    JAX starts a thread for each core that it sees. Two workers that both take all of
+    them wait for each other's threads, and need half as long again.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and hasattr(os, "sched_setaffinity"):
+        worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[worker::workers] or cores)
+
+
+share_of_the_cores()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c():
     """Ctrl-C interrupts, also where the tests were started in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def optimizations(wanted: bool):
+    """Compile programs with or without the optimizations that take XLA long."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_in_a_hurry():
+    """Most tests run a program once: compiling it well takes longer than it saves.
+
+    Notebooks, which are processes of their own, and `make test-full` run programs as
+    users do. A test that runs one for long asks for `compiled_well`.
+    """
+    with optimizations(os.environ.get("HYPOTHESIS_PROFILE") == "full"):
+        yield
+
+
+@pytest.fixture
+def compiled_well():
+    with optimizations(True):
+        yield
+
+
+def pytest_collection_finish():
+    """Leave all that was imported out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -96,7 +148,8 @@ def tiny_tuned(tiny_factory):
 
     model = tiny_factory()
     gl.enable_lora(model)
-    gl.fit(model, gl.load_tiny_world()[0], verbose=0)
+    with optimizations(True):
+        gl.fit(model, gl.load_tiny_world()[0], verbose=0)
     return model
 
 

@@ -8,7 +8,7 @@ import families
 import jinja2
 import numpy as np
 import pytest
-from families import FAMILIES
+from families import EACH_FAMILY, FAMILIES
 from safetensors.numpy import load_file, save_file
 from test_lora import logits, randomize_adapters
 
@@ -25,7 +25,7 @@ def tuned(model, **options):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_keras_hub_reads_what_is_exported(random_model, tmp_path, family):
     """KerasHub reads Transformers' format without torch; other readers: tests/peers."""
     model = tuned(random_model(family))

@@ -4,7 +4,7 @@ import jax
 import keras_hub
 import numpy as np
 import pytest
-from families import FAMILIES, randomize
+from families import EACH_FAMILY, randomize
 
 import gemma_lora as gl
 from gemma_lora.lora import adapter_weights, fingerprints, kernel_shape, linear_layers, lora_layers
@@ -19,7 +19,7 @@ def logits(model) -> np.ndarray:
     return np.asarray(model(IDS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 @pytest.mark.parametrize("targets", ["all_linear", pytest.param("query_value", marks=FULL)])
 def test_enabled_off_and_merged(random_model, family, targets):
     """Its logits are those of the base first, and those of its kernels at last."""
@@ -69,7 +69,7 @@ def test_adapters_off_compiles_nothing_again(random_model, caplog):
         assert not compiled()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_only_adapters_are_trainable_and_the_summary_counts_them(random_model, family):
     model = random_model(family)
     base = model.count_params()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
+from families import EACH_FAMILY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ def plain(project, hidden, targets, weights):
 
 
 # Few shapes, as each takes seconds to compile; `make test-full` draws many.
-@settings(max_examples=settings().max_examples // 20)
+@settings(max_examples=settings().max_examples // 33)
 @given(
     st.sampled_from([1, 7, CHUNK, CHUNK + 1, 3 * CHUNK]) | st.integers(1, 3 * CHUNK),
     st.integers(2, 50),
@@ -73,7 +73,7 @@ def gradients(model, batches) -> tuple[list, float]:
     return sums, tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_batches_have_the_gradient_of_their_rows_one_by_one(random_model, family):
     model = random_model(family)
     gl.enable_lora(model, rank=2, targets="all_linear")
@@ -110,7 +110,7 @@ def test_the_logits_of_a_whole_batch_are_never_there(tiny_lora):
     assert reserved < 4 * tokens * vocabulary / 10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_no_record_sees_another_of_its_row(random_model, family):
     """Another record before it, or none: the hidden states of a record are the same."""
     model = random_model(family)

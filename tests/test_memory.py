@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import keras_hub
 import pytest
+from families import EACH_FAMILY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +104,7 @@ def test_adapters_are_counted_as_published(preset, targets, trainable):
         pytest.param(["attention_output", "ffw_linear"], marks=FULL),
     ],
 )
-@pytest.mark.parametrize("family", ["gemma", "gemma_many_kv", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_adapters_are_counted_as_enable_lora_makes_them(random_model, family, targets):
     model = random_model(family)
     before = gl.memory_budget(model, rank=3, targets=targets, compile=False).need
@@ -287,6 +288,7 @@ def test_where_it_does_not_fit_a_larger_device_or_less_is_named():
         ({"batch_size": 2, "sequence_length": 2048}, 14, {"batch_size": 1, "sequence_length": 256}),
         ({"batch_size": 8}, 10, {"batch_size": 4, "dtype": "bfloat16"}),
         ({"prompts": 512, "batch_size": 2}, 16, {"prompts": 64}),
+        ({"sequence_length": 80, "dtype": "bfloat16"}, 5.4, {"sequence_length": 64}),
         ({}, 2, None),
     ],
 )

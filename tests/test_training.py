@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from families import FAMILIES
+from families import EACH_FAMILY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ def token_losses(model, encoded) -> np.ndarray:
     return np.array(losses)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_FAMILY)
 def test_one_epoch_lowers_the_loss_of_each_family(random_model, world, family):
     model = random_model(family)
     gl.enable_lora(model, rank=8, targets="all_linear")
@@ -243,7 +243,7 @@ def test_dropout_draws_again_at_each_step(random_model, world):
 @pytest.mark.skipif(
     not DOLLY.exists(), reason="the real Dolly rows lie beside the project, and are not here"
 )
-def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora):
+def test_an_epoch_over_real_dolly_lowers_the_held_out_loss(tiny_lora, compiled_well):
     rows = gl.load_records(DOLLY)
     train, held_out = rows.select(range(400)), rows.select(range(2900, 3000))
     before = gl.evaluate(tiny_lora, held_out, answers=False).loss
