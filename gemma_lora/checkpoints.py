@@ -72,7 +72,7 @@ class Checkpoints:
         self._first_adapters = _digest(start.adapters)
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest readable checkpoint; write a first one if it has none.
+        """Return the newest readable checkpoint; else write a first one.
 
         Returns:
             The checkpoint, or None for a run that has just begun.

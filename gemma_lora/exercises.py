@@ -69,7 +69,7 @@ def template(text: str | None) -> Verdict:
     if fields & {"response", "answer"}:
         return Verdict(
             False,
-            "It holds the response. When you ask there is none yet: a prompt ends where it begins.",
+            "It holds the response, which you do not have when you ask. A prompt ends before it.",
         )
     if fields != {"instruction"}:
         return Verdict(

@@ -1,7 +1,7 @@
 """Make each code cell of a notebook a test: it runs, and its output is as committed.
 
 nbval runs and compares the cells; this file adds what our notebooks need. pytest reads
-it wherever it is started, so `pytest` runs the notebooks beside the other tests, and
+it when it is asked for notebooks: `pytest` runs them beside the other tests, and
 `pytest notebooks/04*` runs one of them. Notebooks do not import it.
 """
 

@@ -45,8 +45,8 @@ os.environ.update(
 def share_of_the_cores() -> None:
     """Give each of xdist's workers cores of its own.
 
-    JAX starts a thread for each core that it sees. Two workers that both take all of
-    them wait for each other's threads, and need half as long again.
+    JAX starts a thread for each core that it sees. Where two workers both take all of
+    them, they disturb each other.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1 and hasattr(os, "sched_setaffinity"):
@@ -71,8 +71,10 @@ def optimizations(wanted: bool):
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", not wanted)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session", autouse=True)

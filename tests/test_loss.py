@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import EACH_FAMILY
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gemma_lora as gl
@@ -22,8 +22,11 @@ def plain(project, hidden, targets, weights):
     return jnp.sum(weights * losses), jnp.sum(weights * (jnp.argmax(logits, axis=1) == targets))
 
 
-# Few shapes, as each takes seconds to compile; `make test-full` draws many.
-@settings(max_examples=settings().max_examples // 33)
+# Each shape takes seconds to compile. So `make test` has a tail behind a chunk, whole
+# chunks, and two that are drawn; `make test-full` draws many.
+@settings(max_examples=settings().max_examples // 50)
+@example(tokens=CHUNK + 1, vocabulary=5, share=0.3, capped=True, seed=0)
+@example(tokens=3 * CHUNK, vocabulary=5, share=1.0, capped=False, seed=0)
 @given(
     st.sampled_from([1, 7, CHUNK, CHUNK + 1, 3 * CHUNK]) | st.integers(1, 3 * CHUNK),
     st.integers(2, 50),

@@ -71,8 +71,8 @@ def save_adapter(model, folder: str | Path) -> Path:
 
     Args:
         model: A model with adapters.
-        folder: Where to save; it is created if needed. An adapter in it is replaced at
-            one step: if the process ends meanwhile, either the old or the new is there.
+        folder: Where to save; it is created if needed. An adapter in it is replaced in
+            one step: a process that is killed meanwhile leaves the old or the new one.
 
     Returns:
         The folder.
