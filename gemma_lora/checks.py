@@ -26,7 +26,7 @@ import psutil
 from gemma_lora.access.fetch import AccessError, Source, access_error
 from gemma_lora.access.kaggle import THREE_WAYS, hide, in_background, share_colab_secrets, whose
 from gemma_lora.memory import GIB, memory_budget
-from gemma_lora.models import TINY, local_folder
+from gemma_lora.models import TINY, local_place
 from gemma_lora.records import DOLLY
 from gemma_lora.tables import ShowsAsTable, Table
 
@@ -99,7 +99,7 @@ def check(preset: str | Path = "gemma_2b_en") -> Check:
         ValueError: The name is neither a preset nor a folder.
     """
     name = str(preset)
-    local = local_folder(preset) is not None
+    local = local_place(preset) is not None
     source = Source(name)
     deadline = time.monotonic() + _SECONDS
     asked = [in_background(lambda: {"packages": _packages()})]

@@ -22,9 +22,10 @@ import keras_hub
 import psutil
 
 from gemma_lora.access.fetch import Source
+from gemma_lora.access.gguf import GGUFFile, is_gguf
 from gemma_lora.lora import ALL_LINEAR, enable_lora, resolve_targets
 from gemma_lora.loss import CHUNK, frozen_values, optimizer_for, start_state, training_step
-from gemma_lora.models import TINY, local_folder, recommended, state_of
+from gemma_lora.models import TINY, local_place, recommended, state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
 GIB = 2**30
@@ -158,8 +159,12 @@ def geometry_of(preset: str) -> tuple[dict, bool]:
         ValueError: The preset is not a Gemma, or its shape is not known without a
             download.
     """
-    if folder := local_folder(preset):
-        config = json.loads((folder / "config.json").read_text())
+    place = local_place(preset)
+    if place and is_gguf(place):
+        class_name, config = GGUFFile(place).config()
+        return geometry_of_config(config, class_name, preset)
+    if place:
+        config = json.loads((place / "config.json").read_text())
         class_name = config.get("class_name", "another format")
         return geometry_of_config(config.get("config", {}), class_name, preset)
 

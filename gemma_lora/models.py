@@ -5,6 +5,7 @@ recommended settings, and what the library remembers of a model that is loaded.
 Downloads are in `access.fetch`; adapters are in `lora`.
 """
 
+import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import keras
 import keras_hub
 
 from gemma_lora.access.fetch import fetch
+from gemma_lora.access.gguf import GGUFFile, is_gguf
 from gemma_lora.runtime import quiet, quiet_warnings, return_memory
 from gemma_lora.templates import Template
 
@@ -63,8 +65,13 @@ _SETTINGS = {
         batch_tokens=224,
         max_new_tokens=64,
         exact_answers=True,
-    )
+    ),
+    "gemma3_270m": Settings(learning_rate=1e-3),
 }
+
+# Folders and files may have any name. Of these we know the model by its shape: layers
+# and hidden width.
+_SHAPES = {(18, 640): "gemma3_270m"}
 
 
 @dataclass
@@ -120,8 +127,9 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     Args:
         preset: "tiny_gemma_en", the small teaching model that is part of this package;
             the name of a KerasHub preset such as "gemma_2b_en" or "gemma2_2b_en"; a
-            handle such as "kaggle://..." or "hf://..."; or a folder that holds a saved
-            preset.
+            handle such as "kaggle://..." or "hf://..."; a folder that holds a saved
+            preset; or a GGUF file of Gemma 1, 2 or 3, whose weights are widened to the
+            dtype.
         dtype: "float32", "bfloat16" or another Keras dtype policy. None takes the one
             that `recommended` names.
 
@@ -130,17 +138,19 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
         it.
 
     Raises:
-        ValueError: No preset or folder has that name.
+        ImportError: A GGUF file needs the package `gguf`.
+        ValueError: No preset, folder or file has that name, or the file is damaged or
+            holds another model.
         RuntimeError: The preset could not be downloaded. The text says why (no
             credentials, no consent to the licence, no such model, a server's fault, no
             network, a full disk) and what to do; `reason` says it in one word.
     """
     name = str(preset)
     settings = recommended(name)
-    folder = local_folder(name)
+    place = local_place(name)
     policy = keras.dtype_policies.get(dtype or settings.dtype)
-    model = from_preset(keras_hub.models.CausalLM, name, folder, dtype=policy)
-    model.gemma_lora = State(preset=name, settings=settings, local=folder is not None)
+    model = from_preset(keras_hub.models.CausalLM, name, place, dtype=policy)
+    model.gemma_lora = State(preset=name, settings=settings, local=place is not None)
     _restore_query_scale(model)
     # Loading holds some weights twice for a while.
     return_memory()
@@ -158,9 +168,10 @@ def recommended(model) -> Settings:
     'turns'
     """
     if isinstance(model, str):
-        settings = _SETTINGS.get(Path(model).name, Settings())
+        shape, is_tuned = _look_at(model)
+        settings = _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
         # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
-        if re.search(r"instruct|[-_]it([-_/]|$)", model):
+        if is_tuned or re.search(r"instruct|[-_]it([-_/.]|$)", model):
             return replace(settings, template="turns")
         return settings
     state = state_of(model)
@@ -168,6 +179,27 @@ def recommended(model) -> Settings:
     if wide_rate and state.lora and len(state.lora.targets) > 2:
         return replace(state.settings, learning_rate=wide_rate)
     return state.settings
+
+
+def _look_at(preset: str) -> tuple[tuple[int, int] | None, bool]:
+    """Look into a folder or file for what its name may not tell.
+
+    Returns:
+        Layers and hidden width, or None; and whether it says that it is
+        instruction-tuned.
+    """
+    place = Path(preset).expanduser()
+    if is_gguf(place) and place.is_file():
+        file = GGUFFile(place)
+        _, config = file.config()
+        return (config["num_layers"], config["hidden_dim"]), file.is_instruction_tuned()
+    if (place / "config.json").is_file():
+        config = json.loads((place / "config.json").read_text("utf-8"))
+        # The format of KerasHub, or that of Transformers.
+        config = config.get("config", config)
+        layers = config.get("num_layers", config.get("num_hidden_layers"))
+        return (layers, config.get("hidden_dim", config.get("hidden_size"))), False
+    return None, False
 
 
 def state_of(model) -> State:
@@ -194,22 +226,26 @@ def template_of(model) -> str | Template:
     return state.run["template"] if state.run else state.settings.template
 
 
-def local_folder(preset: str | Path) -> Path | None:
-    """Return the folder that a preset is; None if it must be downloaded.
+def local_place(preset: str | Path) -> Path | None:
+    """Return the folder or GGUF file that a preset is; None if it must be downloaded.
 
     Raises:
-        ValueError: It is neither: there is no such folder and no preset of that name.
-            Or the folder holds no preset.
+        ValueError: It is neither: there is no such folder or file, and no preset of
+            that name. Or the folder holds no preset.
     """
     name = str(preset)
-    folder = TINY_FOLDER if name == TINY else Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    place = TINY_FOLDER if name == TINY else Path(name).expanduser()
+    if is_gguf(place) and place.is_file():
+        return place
+    if place.is_dir():
+        if not (place / "config.json").is_file():
             raise ValueError(
-                f"The folder {folder} holds no preset: it has no config.json. "
+                f"The folder {place} holds no preset: it has no config.json. "
                 "Was it saved completely?"
             )
-        return folder
+        return place
+    if is_gguf(place):
+        raise ValueError(f"There is no file {place}.")
     known = keras_hub.models.CausalLM.presets
     # A name with a slash is a handle. Only its site knows whether it exists.
     if name not in known and "/" not in name:
@@ -221,24 +257,28 @@ def local_folder(preset: str | Path) -> Path | None:
     return None
 
 
-def from_preset(kind: type, preset: str | Path, folder: Path | None, **options):
+def from_preset(kind: type, preset: str | Path, place: Path | None, **options):
     """Make a KerasHub object, such as a `CausalLM` or a `Tokenizer`, from a preset.
 
     Args:
         kind: Its class.
         preset: As in `load`.
-        folder: What `local_folder` said of the preset. None downloads it.
+        place: What `local_place` said of the preset. None downloads it.
         options: For the class's own `from_preset`.
 
     Raises:
-        RuntimeError: As in `load`.
+        ImportError, RuntimeError, ValueError: As in `load`.
     """
-    if folder is not None:
-        with quiet():
-            return kind.from_preset(str(folder), **options)
-    # Not `quiet`: that would hold back the progress of the download.
-    with quiet_warnings():
-        return fetch(str(preset), lambda source: kind.from_preset(source, **options))
+    if place is None:
+        # Not `quiet`: that would hold back the progress of the download.
+        with quiet_warnings():
+            return fetch(str(preset), lambda source: kind.from_preset(source, **options))
+    with quiet():
+        if not is_gguf(place):
+            return kind.from_preset(str(place), **options)
+        file = GGUFFile(place)
+        is_model = issubclass(kind, keras_hub.models.CausalLM)
+        return file.model(**options) if is_model else file.tokenizer()
 
 
 def _restore_query_scale(model) -> None:

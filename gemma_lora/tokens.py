@@ -15,7 +15,7 @@ import keras_hub
 import numpy as np
 import sentencepiece
 
-from gemma_lora.models import TINY, from_preset, local_folder, state_of
+from gemma_lora.models import TINY, from_preset, local_place, state_of
 from gemma_lora.records import checked_record
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
@@ -101,8 +101,8 @@ def load_tokenizer(preset: str | Path = TINY) -> Tokenizer:
     Raises:
         ValueError, RuntimeError: As in `gl.load`.
     """
-    folder = local_folder(preset)
-    return Tokenizer(from_preset(keras_hub.tokenizers.Tokenizer, preset, folder))
+    place = local_place(preset)
+    return Tokenizer(from_preset(keras_hub.tokenizers.Tokenizer, preset, place))
 
 
 def tokenizer_of(model) -> Tokenizer:

@@ -41,8 +41,8 @@ class SimpleModel:
 
 def test_a_preset_is_looked_up_once(monkeypatch):
     asked = []
-    look = models.local_folder
-    monkeypatch.setattr(models, "local_folder", lambda name: asked.append(name) or look(name))
+    look = models.local_place
+    monkeypatch.setattr(models, "local_place", lambda name: asked.append(name) or look(name))
     gl.load("tiny_gemma_en")
     assert asked == ["tiny_gemma_en"]
 
