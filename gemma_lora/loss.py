@@ -23,6 +23,9 @@ from gemma_lora.models import Settings, state_of
 # split.
 CHUNK = 256
 
+# A chunk is computed up to a multiple of so many tokens.
+_CUT = 32
+
 
 def chunked_cross_entropy(
     project: Callable, hidden, targets, weights, *, gradient: bool
@@ -30,8 +33,8 @@ def chunked_cross_entropy(
     """Sum cross-entropy and right predictions over tokens that count, by chunks.
 
     The gradient of a chunk is computed right after its logits, while they exist, as in
-    Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989). Chunks in which no token counts
-    are skipped.
+    Liger-Kernel (Hsu et al., 2024, arXiv:2410.10989). No logits are computed for tokens
+    that do not count, but for a few that fill up the last chunk.
 
     >>> hidden, targets = jnp.eye(3), jnp.array([0, 1, 0])
     >>> weights = jnp.array([1.0, 1.0, 0.0])
@@ -54,8 +57,7 @@ def chunked_cross_entropy(
         likeliest token is the target. Both are float32 scalars.
     """
     size = min(CHUNK, len(targets))
-    # Tokens that count come first, so that the last chunks are empty and can be
-    # skipped.
+    # Tokens that count come first, so that the last chunks are empty.
     order = jnp.argsort(weights == 0, stable=True)
 
     def in_chunks(rows):
@@ -63,16 +65,11 @@ def chunked_cross_entropy(
         rows = jnp.pad(rows, [(0, -len(rows) % size)] + [(0, 0)] * (rows.ndim - 1))
         return rows.reshape(-1, size, *rows.shape[1:])
 
-    def count(chunk):
-        if not gradient:
-            return _chunk_loss(project, *chunk), ()
-        return jax.value_and_grad(partial(_chunk_loss, project), has_aux=True)(*chunk)
-
-    def skip(chunk):
-        return (0.0, 0.0), jnp.zeros_like(chunk[0]) if gradient else ()
-
     def add(sums, chunk):
-        counts, slope = jax.lax.cond(jnp.any(chunk[2] != 0), count, skip, chunk)
+        # A chunk is cut behind its last token that counts.
+        first = [partial(_first_rows, project, gradient, n) for n in _cuts(size)]
+        cut = jnp.searchsorted(jnp.array(_cuts(size)), jnp.sum(chunk[2] != 0))
+        counts, slope = jax.lax.switch(cut, first, chunk)
         return jax.tree.map(jnp.add, sums, counts), slope
 
     # JAX must not differentiate the scan: it would keep the logits of every chunk.
@@ -88,16 +85,53 @@ def chunked_cross_entropy(
     return losses, right
 
 
-def _chunk_loss(project: Callable, rows, targets, weights) -> tuple[jax.Array, jax.Array]:
-    """The two sums of one chunk, from its logits in float32."""
-    logits = project(rows).astype("float32")
+def _cuts(size: int) -> list[int]:
+    """Return the numbers of rows at which a chunk may be cut: 0, ..., size.
+
+    Each is compiled. On a CPU that takes little, and a step's logits are most of its
+    time, so there are many; elsewhere a chunk is computed as a whole or not at all.
+
+    >>> _cuts(64) if jax.default_backend() == "cpu" else [0, 32, 64]
+    [0, 32, 64]
+    """
+    step = _CUT if jax.default_backend() == "cpu" else size
+    return [*range(0, size, step), size]
+
+
+def _first_rows(project: Callable, gradient: bool, n: int, chunk: tuple) -> tuple:
+    """Return the sums of a chunk's first n rows, and their gradient; 0 for the rest."""
+    size = len(chunk[0])
+    if n == 0:
+        return (0.0, 0.0), jnp.zeros_like(chunk[0]) if gradient else ()
+    counts, slope = _cross_entropy(project, *(part[:n] for part in chunk), gradient=gradient)
+    return counts, jnp.pad(slope, [(0, size - n), (0, 0)]) if gradient else ()
+
+
+def _cross_entropy(project: Callable, rows, targets, weights, *, gradient: bool) -> tuple:
+    """Return a chunk's two sums, and its gradient with respect to the rows.
+
+    The gradient of logits is softmax(logits) - 1 at the target, times the weight.
+    Written out, it is one pass over the logits; JAX's own takes three.
+    """
+    logits, pull = jax.vjp(project, rows) if gradient else (project(rows), None)
+    dtype = logits.dtype
+    logits = logits.astype("float32")
     truth = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    losses = weights * (jax.nn.logsumexp(logits, axis=1) - truth)
+    highest = jnp.max(logits, axis=1)
+    scaled = jnp.exp(logits - highest[:, None])
+    totals = jnp.sum(scaled, axis=1)
+    losses = weights * (jnp.log(totals) + highest - truth)
     # XLA's CPU takes longer for an argmax than for everything else here, so we compare
     # with the maximum. Where several tokens share it, each is right to its share.
-    highest = jnp.max(logits, axis=1)
-    right = (truth == highest) / jnp.sum(logits == highest[:, None], axis=1)
-    return jnp.sum(losses), jnp.sum(weights * right)
+    # They are counted by a product, because XLA would hold the logits longer for a sum.
+    ties = (logits == highest[:, None]).astype("float32") @ jnp.ones(logits.shape[1])
+    right = (truth == highest) / ties
+    counts = jnp.sum(losses), jnp.sum(weights * right)
+    if not gradient:
+        return counts, ()
+    is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+    slopes = scaled * (weights / totals)[:, None] - is_target * weights[:, None]
+    return counts, pull(slopes.astype(dtype))[0]
 
 
 class TrainState(NamedTuple):
