@@ -811,6 +811,8 @@ PARTS = {
     "gl_float32": lambda s: train_ours(s, "float32", s.shapes[:2]),
     # 35
     "gl_270m": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], name="gemma3_270m"),
+    # 90
+    "gl_one_prompt": lambda s: train_ours(s, "bfloat16", (), answer=PROMPTS[:1]),
     # 45
     "gl_all_linear": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], targets="all_linear"),
     # 55
