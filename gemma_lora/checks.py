@@ -96,10 +96,11 @@ def check(preset: str | Path = "gemma_2b_en") -> Check:
     'not needed: the model is part of this package'
 
     Raises:
-        ValueError: The name is neither a preset nor a folder.
+        ValueError: The name is neither a preset nor a folder or GGUF file.
     """
     name = str(preset)
-    local = local_place(preset) is not None
+    place = local_place(preset)
+    local = place is not None
     source = Source(name)
     deadline = time.monotonic() + _SECONDS
     asked = [in_background(lambda: {"packages": _packages()})]
@@ -108,7 +109,9 @@ def check(preset: str | Path = "gemma_2b_en") -> Check:
     if name != TINY:
         asked.append(in_background(lambda: {"data": _data()}))
 
-    kind = "the model is part of this package" if name == TINY else f"{preset} is a folder"
+    kind = "the model is part of this package"
+    if local and name != TINY:
+        kind = f"{preset} is a {'folder' if place.is_dir() else 'file'}"
     not_needed = Answer(None, f"not needed: {kind}")
     late = Answer(False, f"no answer within {_SECONDS} s", "Check the network, and run this again.")
     answers = {

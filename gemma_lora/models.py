@@ -170,10 +170,10 @@ def recommended(model) -> Settings:
     if isinstance(model, str):
         shape, is_tuned = _look_at(model)
         settings = _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
-        # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
-        if is_tuned or re.search(r"instruct|[-_]it([-_/.]|$)", model):
-            return replace(settings, template="turns")
-        return settings
+        if is_tuned is None:
+            # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
+            is_tuned = re.search(r"instruct|[-_]it([-_/.]|$)", model)
+        return replace(settings, template="turns") if is_tuned else settings
     state = state_of(model)
     wide_rate = state.settings.wide_learning_rate
     if wide_rate and state.lora and len(state.lora.targets) > 2:
@@ -181,12 +181,12 @@ def recommended(model) -> Settings:
     return state.settings
 
 
-def _look_at(preset: str) -> tuple[tuple[int, int] | None, bool]:
+def _look_at(preset: str) -> tuple[tuple[int, int] | None, bool | None]:
     """Look into a folder or file for what its name may not tell.
 
     Returns:
-        Layers and hidden width, or None; and whether it says that it is
-        instruction-tuned.
+        Layers and hidden width, or None; and whether it is instruction-tuned, or None
+        where only its name may say so.
     """
     place = Path(preset).expanduser()
     if is_gguf(place) and place.is_file():
@@ -198,8 +198,8 @@ def _look_at(preset: str) -> tuple[tuple[int, int] | None, bool]:
         # The format of KerasHub, or that of Transformers.
         config = config.get("config", config)
         layers = config.get("num_layers", config.get("num_hidden_layers"))
-        return (layers, config.get("hidden_dim", config.get("hidden_size"))), False
-    return None, False
+        return (layers, config.get("hidden_dim", config.get("hidden_size"))), None
+    return None, None
 
 
 def state_of(model) -> State:

@@ -7,7 +7,7 @@ The package `gguf` reads the file's format. Not here: writing one (`formats.gguf
 """
 
 import math
-import sys
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
@@ -56,9 +56,12 @@ WAVELENGTH = {"gemma": 10_000.0, "gemma2": 10_000.0, "gemma3": 1_000_000.0}
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 
-# Rows of a matrix that are widened at once: a whole embedding would take its size
-# several times over.
-_ROWS = 4096
+# Control tokens that no text turns into, in Gemma's own SentencePiece models.
+_NEVER_IN_TEXT = ("<pad>", "<eos>", "<bos>", "<unk>")
+
+# Rows of a matrix that are widened or rounded at once: a whole embedding would take its
+# size several times over.
+ROWS = 4096
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -119,12 +122,22 @@ class GGUFFile:
         field = self._fields.get(key.format(getattr(self, "family", "")))
         return default if field is None else field.contents()
 
+    def _needed(self, key: str):
+        """Return a value like `_read`. Raises ValueError if the file has none."""
+        value = self._read(key)
+        if value is None:
+            raise ValueError(
+                f"{self.path} says nothing of {key.format(self.family)}, which every such file "
+                "should. Was it converted completely?"
+            )
+        return value
+
     def _check_contents(self) -> None:
         """Raise ValueError if this is no whole text Gemma that KerasHub can compute."""
         kind = self._read("general.type", "model")
         parts = self._read("split.count", 1)
         if kind != "model":
-            raise ValueError(f"{self.path} holds no model but another thing: {kind!r}.")
+            raise ValueError(f"{self.path} holds no model: its type is {kind!r}.")
         if parts > 1:
             raise ValueError(
                 f"{self.path} is one of {parts} parts of a model. Join them first: "
@@ -150,7 +163,7 @@ class GGUFFile:
 
     def _check_tensors(self) -> None:
         """Raise ValueError if a tensor is missing, or the output has weights apart."""
-        names = tensor_names(self.family, self._read("{}.block_count"))
+        names = tensor_names(self.family, self._needed("{}.block_count"))
         missing = [name for name in names if name not in self._tensors]
         if missing:
             raise ValueError(
@@ -167,9 +180,9 @@ class GGUFFile:
 
     def config(self) -> tuple[str, dict]:
         """Return the class of KerasHub's backbone, and its arguments but the dtype."""
-        hidden = self._read("{}.embedding_length")
-        heads = self._read("{}.attention.head_count")
-        layers = self._read("{}.block_count")
+        hidden = self._needed("{}.embedding_length")
+        heads = self._needed("{}.attention.head_count")
+        layers = self._needed("{}.block_count")
         is_gemma3 = self.family == "gemma3"
         config = {
             # A file counts dimensions from the last.
@@ -179,7 +192,7 @@ class GGUFFile:
             "num_key_value_heads": self._read("{}.attention.head_count_kv", heads),
             "hidden_dim": hidden,
             # Gemma 1 and 2 count both halves of the gate in KerasHub, Gemma 3 one.
-            "intermediate_dim": self._read("{}.feed_forward_length") * (1 if is_gemma3 else 2),
+            "intermediate_dim": self._needed("{}.feed_forward_length") * (1 if is_gemma3 else 2),
             "head_dim": self._read("{}.attention.key_length", hidden // heads),
         }
         if self.family == "gemma":
@@ -213,7 +226,9 @@ class GGUFFile:
         """Return the vocabulary as the bytes of a SentencePiece model.
 
         Kinds of pieces have the same numbers in both formats. In the file, pieces
-        defined by hand hold plain spaces, where SentencePiece has "▁".
+        defined by hand hold plain spaces, where SentencePiece has "▁". And a file calls
+        turns, `<start_of_turn>`, control tokens. To SentencePiece they are pieces that
+        a text may hold, or it would cut them, and with them every template of turns.
         """
         from sentencepiece import sentencepiece_model_pb2
 
@@ -224,9 +239,12 @@ class GGUFFile:
                 'which GGUF calls "llama".'
             )
         names = ("tokens", "scores", "token_type")
-        texts, scores, kinds = (self._read(f"tokenizer.ggml.{name}") for name in names)
+        texts, scores, kinds = (self._needed(f"tokenizer.ggml.{name}") for name in names)
         model = sentencepiece_model_pb2.ModelProto()
+        types = model.SentencePiece
         for text, score, kind in zip(texts, scores, kinds, strict=True):
+            if kind == types.CONTROL and text not in _NEVER_IN_TEXT:
+                kind = types.USER_DEFINED
             model.pieces.add(piece=text.replace(" ", "▁"), score=score, type=int(kind))
         trainer = model.trainer_spec
         trainer.model_type = trainer.BPE
@@ -249,9 +267,16 @@ class GGUFFile:
         return model.SerializeToString()
 
     def is_instruction_tuned(self) -> bool:
-        """Return whether the file says that its model was tuned to take turns."""
-        words = f"{self._read('general.finetune', '')} {self._read('general.name', '')}".lower()
-        return any(word in ("it", "instruct") for word in words.replace("-", " ").split())
+        """Return whether the file says that its model was tuned to take turns.
+
+        Its template decides. Without one, the names of model and file do.
+        """
+        template = self._read("tokenizer.chat_template")
+        if template is not None:
+            return "<start_of_turn>" in template
+        names = [self._read("general.finetune", ""), self._read("general.name", "")]
+        words = re.split(r"[\W_]+", " ".join([*names, self.path.stem]).lower())
+        return "it" in words or "instruct" in words
 
     def model(self, dtype) -> keras_hub.models.CausalLM:
         """Build the model in KerasHub, every weight widened to a dtype policy.
@@ -292,16 +317,15 @@ class GGUFFile:
         variable.value.delete()
         return_memory()
         values = _empty(rows, jnp.dtype(variable.dtype))
-        for start in range(0, rows[0], _ROWS):
-            part = slice(start, start + _ROWS)
-            values[part] = self._widened(tensor, part)
-        if is_norm(layer):
+        for start in range(0, rows[0], ROWS):
+            part = slice(start, start + ROWS)
             # Gemma multiplies by 1 + scale. The file holds the sum.
-            values -= 1
+            values[part] = self.rows(name, part) - is_norm(layer)
         variable.assign(_from_rows(layer, values, variable.shape))
 
-    def _widened(self, tensor, part: slice) -> np.ndarray:
+    def rows(self, name: str, part: slice) -> np.ndarray:
         """Return some rows of a tensor in float32, whatever its encoding."""
+        tensor = self._tensors[name]
         try:
             return self._gguf.dequantize(tensor.data[part], tensor.tensor_type)
         except NotImplementedError:
@@ -345,7 +369,7 @@ def _quick_reader(gguf) -> type:
             count = int(self._get(orig_offs + 4, np.uint64)[0])
             start = orig_offs + 12
             if kind == kinds.STRING:
-                end, texts = _strings(self.data, start, count, swapped=self.byte_order == "S")
+                end, texts = _strings(self.data, start, count)
                 return end - orig_offs, texts, [*range(count)], [kinds.ARRAY, kind]
             values = self._get(start, self.gguf_scalar_to_np[kind], count)
             if len(values) < count:
@@ -355,13 +379,12 @@ def _quick_reader(gguf) -> type:
     return Reader
 
 
-def _strings(data, start: int, count: int, *, swapped: bool) -> tuple[int, list[memoryview]]:
+def _strings(data, start: int, count: int) -> tuple[int, list[memoryview]]:
     """Return where a list of strings ends, and the bytes of each."""
-    order = "big" if (sys.byteorder == "little") == swapped else "little"
     view = memoryview(data)
     texts = []
     for _ in range(count):
-        end = start + 8 + int.from_bytes(view[start : start + 8], order)
+        end = start + 8 + int.from_bytes(view[start : start + 8], "little")
         if end > len(view):
             raise ValueError("a text ends behind the end of the file")
         texts.append(view[start + 8 : end])
@@ -424,7 +447,7 @@ def variable_of(layer) -> keras.Variable:
 
 def is_norm(layer) -> bool:
     """Return whether a layer is a norm, whose scale a file holds plus one."""
-    return variable_of(layer).name == "scale"
+    return hasattr(layer, "scale")
 
 
 # The shapes of kernels. A file has (outputs, inputs), as torch's Linear has, and heads
@@ -437,7 +460,7 @@ def is_norm(layer) -> bool:
 
 def _as_rows(layer, shape: tuple) -> tuple[int, ...]:
     """Return the shape that a layer's weights have in a file."""
-    if len(shape) == 1 or variable_of(layer).name == "embeddings":
+    if len(shape) == 1 or hasattr(layer, "embeddings"):
         return tuple(shape)
     if len(shape) == 2:
         return (shape[1], shape[0])
@@ -448,7 +471,7 @@ def _as_rows(layer, shape: tuple) -> tuple[int, ...]:
 
 def _from_rows(layer, rows: np.ndarray, shape: tuple) -> np.ndarray:
     """Bring a file's weights into the shape of KerasHub's."""
-    if len(shape) == 1 or variable_of(layer).name == "embeddings":
+    if len(shape) == 1 or hasattr(layer, "embeddings"):
         return rows
     if len(shape) == 2 or layer.name == "attention_output":
         return rows.T.reshape(shape)
