@@ -52,6 +52,7 @@ _NAMES_IN = {
     "formats.card": ("model_card",),
     "formats.transformers": ("export_transformers",),
     "formats.peft": ("export_peft",),
+    "formats.gguf": ("export_gguf",),
     "formats.adapter": ("load_adapter", "save_adapter"),
     "formats.upload": ("upload",),
 }
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     )
     from gemma_lora.formats.adapter import load_adapter, save_adapter
     from gemma_lora.formats.card import model_card
+    from gemma_lora.formats.gguf import export_gguf
     from gemma_lora.formats.peft import export_peft
     from gemma_lora.formats.transformers import export_transformers
     from gemma_lora.formats.upload import upload

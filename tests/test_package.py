@@ -63,7 +63,7 @@ STREET = [
     "runtime", "tables", "access.kaggle", "access.fetch", "access.gguf", "records", "templates",
     "models", "tokens", "batches", "lora", "loss", "memory", "checks", "progress", "checkpoints",
     "training", "sampling", "evaluation", "figures", "formats.card", "formats.transformers",
-    "formats.peft", "formats.adapter", "formats.upload", "exercises",
+    "formats.peft", "formats.gguf", "formats.adapter", "formats.upload", "exercises",
 ]  # fmt: skip
 
 

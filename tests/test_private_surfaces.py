@@ -56,6 +56,9 @@ ON_SOME_MODELS = {
 }
 IN_PACKAGES = [
     "datasets.config.HF_DATASETS_CACHE",
+    "gguf.GGUFReader._get",
+    "gguf.GGUFReader._get_field_parts",
+    "gguf.GGUFReader.gguf_scalar_to_np",
     "huggingface_hub.constants.HF_HUB_CACHE",
     "huggingface_hub.utils.validate_repo_id",
     "kagglehub.cache.get_cached_path",
@@ -67,6 +70,7 @@ IN_PACKAGES = [
     "kagglehub.config.set_kaggle_credentials",
     "kagglehub.handle.parse_model_handle",
     "keras.StatelessScope.get_current_value",
+    "keras.initializers.VarianceScaling.__call__",
     "keras.optimizers.Optimizer.stateless_apply",
 ]
 # Documented, in spite of the underscore: what IPython asks for, and methods of named

@@ -13,4 +13,4 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, compiled_well):
     # In this process: another one would import Keras once more, for ten seconds.
     exec("\n".join(blocks), {})
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {"my-adapter", "for-peft", "for-transformers", "mine"}
+    assert made == {"my-adapter", "for-peft", "for-transformers", "for-ollama", "mine"}

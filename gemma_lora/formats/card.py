@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_lora.lora import LoraSummary, fingerprints
@@ -96,7 +98,7 @@ def model_card(model, *, kind: str = "keras") -> str:
     state = state_of(model)
     merged = state.merged
     lora = state.lora or (merged and merged.lora)
-    tiny = model.backbone.vocabulary_size == TINY_VOCABULARY
+    tiny = _is_tiny(model)
     base = base_name(model)
 
     load = _LOAD[kind].format(base=base)
@@ -111,14 +113,35 @@ def model_card(model, *, kind: str = "keras") -> str:
     if state.run:
         facts += _facts_of_run(state.run)
     page = _PAGE.format(
-        license="apache-2.0" if tiny else "gemma",
+        license=licence_of(model),
         library=_LIBRARY[kind],
-        title=f"{base}, tuned with LoRA" if lora or state.run else base,
+        title=title_of(model),
         load=load,
         facts="\n".join(facts),
-        terms="The base is part of gemma_lora, Apache-2.0." if tiny else _GEMMA_TERMS,
+        terms=terms_of(model),
     )
     return page + _MARK.format(_digest(page + "\n")) + "\n"
+
+
+def _is_tiny(model) -> bool:
+    return model.backbone.vocabulary_size == TINY_VOCABULARY
+
+
+def title_of(model) -> str:
+    """Return what a model is called: its base, and whether it was tuned."""
+    state = state_of(model)
+    is_tuned = state.lora or state.merged or state.run
+    return f"{base_name(model)}, tuned with LoRA" if is_tuned else base_name(model)
+
+
+def licence_of(model) -> str:
+    """Return the licence of a model's base, by its name on the Hugging Face Hub."""
+    return "apache-2.0" if _is_tiny(model) else "gemma"
+
+
+def terms_of(model) -> str:
+    """Return the sentence on licence that goes with everything made from a model."""
+    return "The base is part of gemma_lora, Apache-2.0." if _is_tiny(model) else _GEMMA_TERMS
 
 
 def _fact_of_lora(lora: LoraSummary, in_kernels: bool) -> str:
@@ -188,16 +211,22 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole: if the process ends, the old content is there or the new.
+    """Write a file whole: if the process ends, the old content is there or the new."""
+    with written_whole(path) as part:
+        part.write_bytes(content)
 
-    The content is written beside the file, to "<name>.part", and moved when the disk
-    has it.
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Within this context, write to the path that it gives, "<name>.part".
+
+    At the end that file becomes `path`, once the disk has it. After an error nothing
+    is left of it, and the old content stays.
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield part
+        with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:

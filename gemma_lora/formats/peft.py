@@ -11,7 +11,7 @@ all,
     update[h] = A[h] B  A: (heads, hidden, rank)            B: (rank, head size)
 
 *Out*: KerasHub's factors are PEFT's of rank `heads * rank`, exactly: the heads' A below
-each other, and B once for each head on the diagonal of a block matrix (`_to_peft`).
+each other, and B once for each head on the diagonal of a block matrix (`to_peft`).
 
 *Back*: any update of PEFT's is one of KerasHub's, of a rank of at most the head size. A
 singular value decomposition finds the smallest one (`_to_keras`). An adapter that went
@@ -82,11 +82,7 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
     Raises:
         ValueError: If the model has no adapters.
     """
-    lora = state_of(model).lora
-    if lora is None:
-        raise ValueError(
-            "The model has no adapters to export. Call gl.enable_lora(model) and gl.fit() first."
-        )
+    lora = lora_to_export(model)
     folder = Path(folder).expanduser()
     blocks = [block.name for block in model.backbone.transformer_layers]
     tensors = {}
@@ -95,11 +91,11 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
         name = NAMES[layer.name]
         a = np.asarray(layer.lora_kernel_a.value, "float32")
         b = np.asarray(layer.lora_kernel_b.value, "float32")
-        down, up = _to_peft(a, b, heads=_has_heads(layer))
+        down, up = to_peft(a, b, heads=has_heads(layer))
         prefix = f"base_model.model.model.layers.{blocks.index(path.split('/')[0])}.{name}"
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(down)
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(up)
-        if _has_heads(layer):
+        if has_heads(layer):
             ranks[name.split(".")[-1]] = len(down)
     folder.mkdir(parents=True, exist_ok=True)
     weights = save(tensors, metadata={"format": "pt"})
@@ -108,6 +104,16 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
     write_json(folder / DESCRIPTION_FILE, describe(model))
     write_card(folder, model_card(model, kind="peft"))
     return Exported(folder, sizes(folder), "To check: peft.PeftModel.from_pretrained(base, folder)")
+
+
+def lora_to_export(model) -> LoraSummary:
+    """Return what a model's adapters are. Raises ValueError if it has none."""
+    lora = state_of(model).lora
+    if lora is None:
+        raise ValueError(
+            "The model has no adapters to export. Call gl.enable_lora(model) and gl.fit() first."
+        )
+    return lora
 
 
 def _config(lora: LoraSummary, ranks: dict[str, int], base: str | Path) -> dict:
@@ -129,19 +135,19 @@ def _config(lora: LoraSummary, ranks: dict[str, int], base: str | Path) -> dict:
     }
 
 
-def _has_heads(layer) -> bool:
+def has_heads(layer) -> bool:
     """Return whether a layer has an A for each head: queries, keys and values do."""
     return len(kernel_shape(layer)) == 3 and layer.name != "attention_output"
 
 
-def _to_peft(a: np.ndarray, b: np.ndarray, *, heads: bool) -> tuple[np.ndarray, np.ndarray]:
+def to_peft(a: np.ndarray, b: np.ndarray, *, heads: bool) -> tuple[np.ndarray, np.ndarray]:
     """Turn KerasHub's factors into PEFT's A, (rank, inputs), and B, (outputs, rank).
 
     Two heads of size 2 over 3 inputs, rank 1: PEFT's rank is 2, one for each head.
 
     >>> a = np.array([[[1], [2], [3]], [[4], [5], [6]]])
     >>> b = np.array([[7, 8]])
-    >>> down, up = _to_peft(a, b, heads=True)
+    >>> down, up = to_peft(a, b, heads=True)
     >>> print(down)
     [[1 2 3]
      [4 5 6]]
@@ -188,7 +194,7 @@ def read(model, folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     for path, parts in _factors_of_peft(model, folder).items():
         scales[path] = _scale(path, parts, config, model)
         factors[path] = _to_keras(
-            parts["A"], parts["B"], kernel_shape(layers[path]), heads=_has_heads(layers[path])
+            parts["A"], parts["B"], kernel_shape(layers[path]), heads=has_heads(layers[path])
         )
     targets = {path.split("/")[-1] for path in factors}
     rank = max(len(b) for _, b in factors.values())
@@ -313,13 +319,13 @@ def _for_module(module: str, config: dict, pattern: str, default: str):
 def _to_keras(
     down: np.ndarray, up: np.ndarray, shape: tuple[int, ...], *, heads: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turn PEFT's factors into KerasHub's: the way back of `_to_peft`.
+    """Turn PEFT's factors into KerasHub's: the way back of `to_peft`.
 
     The two heads of its example come back at rank 1, up to a factor that A and B share:
 
     >>> a = np.array([[[1], [2], [3]], [[4], [5], [6]]])
     >>> b = np.array([[7, 8]])
-    >>> a2, b2 = _to_keras(*_to_peft(a, b, heads=True), (2, 3, 2), heads=True)
+    >>> a2, b2 = _to_keras(*to_peft(a, b, heads=True), (2, 3, 2), heads=True)
     >>> a2.shape, b2.shape, np.allclose(a2 @ b2, a @ b)
     ((2, 3, 1), (1, 2), True)
 

@@ -91,7 +91,7 @@ def _check_exportable(model) -> None:
         )
     if not ties_weights:
         raise ValueError(
-            "The output layer has its own weights. In Transformers, Gemma's output shares the "
+            "The output layer has its own weights. Outside KerasHub, Gemma's output shares the "
             "weights of the embedding, so this model cannot be exported."
         )
 
@@ -103,7 +103,7 @@ def _traits(model) -> SimpleNamespace:
     that KerasHub renames must end in an error, not in a wrong config.
 
     Raises:
-        ValueError: If Transformers has no such Gemma.
+        ValueError: If nobody but KerasHub has such a Gemma.
     """
     # private: what is read here of a backbone, its blocks and their attention layers
     backbone = model.backbone
@@ -132,8 +132,20 @@ def _traits(model) -> SimpleNamespace:
     fits = all(bool(norm) == wants_post_norms for norm in traits.post_norms)
     if not fits or (traits.family == "gemma" and any(caps)):
         raise ValueError(
-            "Transformers has no Gemma with these norms after attention and MLP: "
+            "Outside KerasHub there is no Gemma with these norms after attention and MLP: "
             f"{traits.post_norms}, and these soft caps: {caps}."
+        )
+    if backbone.layer_norm_epsilon != 1e-6:
+        raise ValueError(
+            "Outside KerasHub, all norms of a Gemma add the same epsilon. This model's last norm "
+            f"adds {backbone.layer_norm_epsilon:g}, and KerasHub computes the others with 1e-06."
+        )
+    if traits.family == "gemma3_text" and not traits.query_key_norms:
+        raise ValueError("Outside KerasHub, every Gemma 3 has norms of queries and keys.")
+    if traits.family == "gemma" and (any(traits.windowed) or not traits.divides_by_head_size):
+        raise ValueError(
+            "Outside KerasHub, every Gemma 1 sees the whole text, and divides queries by the root "
+            "of the head size."
         )
     return traits
 
@@ -360,8 +372,8 @@ class Exported(ShowsAsTable):
         folder: Where it is.
         files: The bytes of each file in the folder.
         checked: A sentence on the check.
-        difference: The largest difference between two logits; None if nothing was
-            checked.
+        difference: The largest difference between two logits, or for a GGUF file
+            between two weights; None if nothing was checked.
     """
 
     folder: Path
