@@ -29,7 +29,7 @@ test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what 
 test-full: .venv/.peers  ## everything: whole matrices, all notebooks on another model, more examples, more seeds
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(WORKERS)
 
-test-peers: .venv/.peers  ## the same results from Transformers and PEFT
+test-peers: .venv/.peers  ## the same results from Transformers, PEFT and llama.cpp
 	$(BIN)/python -m pytest -m "peers and not full" tests/peers
 
 test-colab:  ## the set-up cell, the notebooks and the tests of training on Colab's versions (Python 3.13)
