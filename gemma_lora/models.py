@@ -66,7 +66,7 @@ _SETTINGS = {
         max_new_tokens=64,
         exact_answers=True,
     ),
-    "gemma3_270m": Settings(learning_rate=1e-3),
+    "gemma3_270m": Settings(learning_rate=5e-4, wide_learning_rate=2e-4),
 }
 
 # Folders and files may have any name. Of these we know the model by its shape: layers

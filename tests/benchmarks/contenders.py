@@ -51,6 +51,25 @@ def prepare(folder, rows, repeats, geometry, dtype):
     }
 
 
+def prepare_real(folder, rows, repeats, model):
+    """A trained Gemma in the formats of both libraries, and the rows of texts.jsonl as token ids."""
+    import gemma_lora as gl
+    from gemma_lora.tokens import tokenizer_of
+
+    gl.setup(seed=0)
+    model = gl.load(model)
+    model.save_to_preset(str(folder / "keras"))
+    gl.export_transformers(model, folder / "transformers", verify=False)
+    records = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    tokenizer = tokenizer_of(model)
+    ids = []
+    for record in records:
+        text = TEMPLATE.format(**record)
+        ids.append([tokenizer.bos_id, *tokenizer.encode([text]), tokenizer.id_of("<eos>")])
+    (folder / "ids.json").write_text(json.dumps(ids))
+    return {"parameters": model.count_params(), "median tokens": statistics.median(map(len, ids))}
+
+
 def real_tokens(folder, length, part):
     """Tokens of these rows without padding: inputs, cut at the sequence length."""
     return sum(
@@ -66,7 +85,7 @@ def stock_model(preset, length, dtype="float32"):
     import keras_hub
 
     keras.utils.set_random_seed(0)
-    model = keras_hub.models.GemmaCausalLM.from_preset(str(preset), dtype=dtype)
+    model = keras_hub.models.CausalLM.from_preset(str(preset), dtype=dtype)
     model.preprocessor.sequence_length = length
     compile_as_recipe(model)
     return model
@@ -129,7 +148,7 @@ def peak():
     return found
 
 
-def ours(folder, rows, repeats, length, loss_on, dtype):
+def ours(folder, rows, repeats, length, loss_on, dtype, batch_tokens=1024):
     """`gl.fit`: an epoch that compiles, then those that count."""
     import gemma_lora as gl
 
@@ -147,7 +166,13 @@ def ours(folder, rows, repeats, length, loss_on, dtype):
         on_epoch_end=lambda epoch, logs: ends.append(time.monotonic())
     )
     gl.fit(
-        model, data, epochs=1 + repeats, batch_tokens=1024, callbacks=[clock], verbose=0, **options
+        model,
+        data,
+        epochs=1 + repeats,
+        batch_tokens=batch_tokens,
+        callbacks=[clock],
+        verbose=0,
+        **options,
     )
     first, *seconds = (later - earlier for earlier, later in pairwise(ends))
     return {
@@ -157,7 +182,7 @@ def ours(folder, rows, repeats, length, loss_on, dtype):
     } | peak()
 
 
-def peft(folder, rows, repeats, length, dtype):
+def peft(folder, rows, repeats, length, dtype, tried_rows=300):
     """Transformers + PEFT in a bare loop: unpadded but for the longest of a batch, grouped by length."""
     import random
 
@@ -204,7 +229,7 @@ def peft(folder, rows, repeats, length, dtype):
     tried = {}
     for batch_tokens in BATCHES:
         begin = time.monotonic()
-        epoch(ids[:300], batch_tokens)
+        epoch(ids[:tried_rows], batch_tokens)
         tried[batch_tokens] = time.monotonic() - begin
     best = min(tried, key=tried.get)
     return rates(folder, length, rows, repeats, lambda: epoch(ids, best)) | {"batch_tokens": best}
@@ -384,6 +409,47 @@ def tiny_ours(folder, rows, repeats, target):
     whole, few = ends[-1] - ends[0], between[: -2 or None]
     warm = statistics.mean(few) * len(between) if few else whole
     return {"losses": losses, "steps": most, "seconds": warm, "with compiling": whole}
+
+
+def real_answers(folder, rows, repeats, library):
+    """48 greedy tokens for 1, 8 and 32 prompts: the first call, which compiles, and the best of two after it."""
+    records = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
+    prompts = [TEMPLATE.format(**record | {"response": ""}) for record in records]
+    new, found = 48, {}
+    if library == "ours":
+        import gemma_lora as gl
+
+        gl.setup(seed=0)
+        from gemma_lora import sampling
+
+        model = gl.load(folder / "keras")
+        # private: no answer ends early (at <unk>, if at all), so that both libraries
+        # compute as many tokens.
+        task = sampling._task
+        sampling._task = lambda *arguments: task(*arguments)._replace(ends=(3,))
+
+        def answer(few):
+            gl.generate(model, few, template=None, max_new_tokens=new)
+    else:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder / "transformers", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "transformers", padding_side="left")
+
+        def answer(few):
+            inputs = tokenizer(few, return_tensors="pt", padding=True)
+            with torch.no_grad():
+                model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+
+    for count in (1, 8, 32):
+        seconds = []
+        for _ in range(3):
+            start = time.monotonic()
+            answer(prompts[:count])
+            seconds.append(round(time.monotonic() - start, 2))
+        found[str(count)] = {"first": seconds[0], "then": min(seconds[1:])}
+    return found | peak()
 
 
 def answers(folder, rows, repeats, how):
