@@ -715,15 +715,14 @@ def test_the_two_well_known_questions_are_held_out(question):
 
 
 def test_a_file_takes_the_place_of_dolly(tmp_path, monkeypatch, capsys):
-    """For machines without network: whatever `load_records` reads, split as Dolly is."""
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Say {i}.", "context": "", "response": str(i)} for i in range(12)]
     rows[3]["context"] = "Numbers."
     file.write_text("\n".join(json.dumps(row) for row in rows))
     monkeypatch.setenv("GEMMA_LORA_DATA", str(file))
-    train, held_out = gl.load_data("gemma3_270m", rows=6, held_out=4)
+    train, held_out = load_data("gemma3_270m", rows=6, held_out=4)
     assert list(train["response"]) == ["0", "1", "2", "4", "5", "6"]
     assert list(held_out["response"]) == ["7", "8", "9", "10"]
     assert f"Rows are read from {file}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="11 rows"):
-        gl.load_dolly(rows=20)
+        load_dolly(rows=20)
