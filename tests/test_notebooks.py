@@ -53,6 +53,8 @@ NOT_COMPARED = {
     "10 serve-command": "program",
     "10 serve": "program",
     "10 served": "program",
+    "10 gguf": "program",
+    "10 llama-said": "program",
 }
 
 

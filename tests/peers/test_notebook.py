@@ -1,8 +1,9 @@
-"""Run notebook 10 where Transformers and PEFT are installed: no cell is skipped."""
+"""Run notebook 10 with every program that it names: no cell is skipped."""
 
 import pytest
 
 pytest.importorskip("peft", reason="needs the extra `peers`")
+pytest.importorskip("xllamacpp", reason="needs the extra `peers`")
 pytestmark = pytest.mark.peers
 
 
@@ -14,3 +15,4 @@ def test_with_the_peers_installed_no_cell_is_skipped():
     assert not [name for name, text in outputs.items() if "skipped" in text.lower()]
     assert "of 20 questions" in outputs["peft-read"]
     assert "curl" in outputs["served"]
+    assert outputs["llama-said"].count("see the Eiffel Tower in France, try") == 2
