@@ -316,7 +316,7 @@ def _read_back(model, path: Path, layers: dict, dtype: str) -> float:
     file = GGUFFile(path)
     _, config = file.config()
     ours = model.backbone.get_config()
-    wrong = [name for name, value in config.items() if ours[name] != value]
+    wrong = [name for name, value in config.items() if not _is_same(ours.get(name, value), value)]
     with quiet():
         tokenizer = Tokenizer(file.tokenizer())
     if tokenizer.encode([_TEXT]) != tokenizer_of(model).encode([_TEXT]):
@@ -336,6 +336,13 @@ def _read_back(model, path: Path, layers: dict, dtype: str) -> float:
     if wrong:
         raise RuntimeError(f"{path} reads otherwise than the model: {', '.join(wrong[:5])}.")
     return worst
+
+
+def _is_same(ours, read) -> bool:
+    """Return whether a value of a config came back. A file rounds to float32."""
+    if isinstance(ours, float) and isinstance(read, float):
+        return bool(np.isclose(ours, read))
+    return ours == read
 
 
 def ollama_template(template: Template) -> str:
@@ -480,7 +487,7 @@ def export_gguf(
 
 
 def _check_options(path: Path, dtype: str) -> None:
-    """Raise ValueError if a name or a dtype is none, or another's file is there."""
+    """Raise ValueError if an option is invalid, or somebody else's file is there."""
     import_gguf()
     if dtype not in _ENCODINGS:
         raise ValueError(f"dtype is one of {', '.join(get_args(DType))}. Received: {dtype!r}")
