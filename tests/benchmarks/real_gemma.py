@@ -167,8 +167,8 @@ def speed(options) -> dict:
         measure("prepare_real", folder, model=str(options.model))
         size = {"rows": options.rows, "length": 256, "dtype": "float32"}
         ways = {
-            "gl.fit": ("ours", {"repeats": 3, "loss_on": "response", "batch_tokens": None}),
-            "PEFT": ("peft", {"repeats": 1, "tried_rows": 32}),
+            "gl.fit": ("ours", {"repeats": 2, "loss_on": "response", "batch_tokens": None}),
+            "PEFT": ("peft", {"repeats": 1, "tried_rows": 16}),
             "published recipe": ("recipe", {"repeats": 1}),
         }
         for name, (way, more) in ways.items():
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--prose", type=Path)
     parser.add_argument("--rows", type=int)
     options = parser.parse_args()
-    options.rows = options.rows or {"answers": 1000, "speed": 64}[options.part]
+    options.rows = options.rows or {"answers": 1000, "speed": 32}[options.part]
     found = {"answers": answers, "speed": speed}[options.part](options)
     from training import device, version
 
