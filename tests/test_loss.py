@@ -133,3 +133,31 @@ def test_no_record_sees_another_of_its_row(random_model, family):
         {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     )  # and the model is as it was
     assert np.abs(np.asarray(whole)[0, 20:29] - alone).max() > 1e-3
+
+
+def test_no_logits_for_tokens_that_do_not_count():
+    """On a CPU, a chunk is cut behind its last token that counts, rounded up to 32."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(100, 8)), "float32")
+    table = jnp.asarray(rng.normal(size=(8, 50)), "float32")
+    targets = jnp.asarray(rng.integers(0, 50, 100))
+    computed = []
+
+    def project(rows):
+        jax.debug.callback(lambda: computed.append(len(rows)))
+        return rows @ table
+
+    @jax.jit
+    def ours(hidden, weights):
+        return chunked_cross_entropy(project, hidden, targets, weights, gradient=True)[0]
+
+    for learned in (0, 1, 31, 32, 33, 64, 99, 100):
+        weights = jnp.asarray(rng.permutation(np.arange(100) < learned), "float32")
+        found = jax.value_and_grad(ours)(hidden, weights)
+        jax.effects_barrier()
+        wanted = jax.value_and_grad(
+            lambda hidden, weights=weights: plain(lambda x: x @ table, hidden, targets, weights)[0]
+        )(hidden)
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert computed == [32, 32, 32, 64, 64, 100, 100] or jax.default_backend() != "cpu"
