@@ -110,14 +110,21 @@ def recipe(folder, rows, repeats, length, dtype):
     model = stock_model(folder / "keras", length, dtype)
     texts = (folder / "texts.jsonl").read_text().splitlines()[:rows]
     texts = [TEMPLATE.format(**json.loads(line)) for line in texts]
+    gemma3 = type(model).__name__ == "Gemma3CausalLM"
+
+    def fit(texts):
+        # Gemma 3's preprocessor wants prompts apart from responses.
+        data = {"prompts": [""] * len(texts), "responses": texts} if gemma3 else texts
+        model.fit(data, batch_size=1, verbose=0)
+
     start = time.monotonic()
-    model.fit(texts[:4], batch_size=1, verbose=0)
+    fit(texts[:4])
     compiling = {"compiling": time.monotonic() - start}
     found = {"tokens": [], "seconds": []}
     for turn in range(repeats):  # each step is like the other, so a part of the rows in each turn
         part = slice(turn * rows // repeats, (turn + 1) * rows // repeats)
         start = time.monotonic()
-        model.fit(texts[part], batch_size=1, verbose=0)
+        fit(texts[part])
         found["seconds"].append(time.monotonic() - start)
         found["tokens"].append(real_tokens(folder, length, part))
     return found | compiling | peak()
