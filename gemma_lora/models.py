@@ -169,11 +169,12 @@ def recommended(model) -> Settings:
     """
     if isinstance(model, str):
         shape, is_tuned = _look_at(model)
-        settings = _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
         if is_tuned is None:
             # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
             is_tuned = re.search(r"instruct|[-_]it([-_/.]|$)", model)
-        return replace(settings, template="turns") if is_tuned else settings
+        if is_tuned:
+            return Settings(template="turns")
+        return _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
     state = state_of(model)
     wide_rate = state.settings.wide_learning_rate
     if wide_rate and state.lora and len(state.lora.targets) > 2:

@@ -462,7 +462,8 @@ def export_gguf(
         ImportError: The package `gguf` is not installed.
         ValueError: The model is quantized, or llama.cpp computes no such Gemma; a
             weight is too large for its encoding; `path` is a file that gl did not
-            export; or only an adapter is asked for, and there is none.
+            export; or `adapter_only` is set and the model
+            has no adapter.
         RuntimeError: The file that was written differs from the model.
     """
     path = Path(path).expanduser()

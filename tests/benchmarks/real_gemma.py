@@ -70,7 +70,6 @@ def answers(options) -> dict:
         "after": after["summary"],
         "loss_difference_interval": difference.round(4).tolist(),
         "shown": shown,
-        "answers": {"base": before["answers"], "tuned": after["answers"]},
     }
 
 
