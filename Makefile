@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: .venv/.dev  ## watch LoRA change what a Gemma does (two minutes; PRESET=gemma_2b_en for the real one)
 	@GEMMA_LORA_PRESET="$(PRESET)" $(BIN)/python tests/notebooks.py demo
 
-demo-real: .venv/.real  ## the same on Google's Gemma 3 270M (some minutes more; DATA=rows.jsonl where the Hub cannot be reached)
+demo-real: .venv/.real  ## the same on Google's Gemma 3 270M (eight minutes; DATA=rows.jsonl where the Hub cannot be reached)
 	@GEMMA_LORA_DATA="$(abspath $(DATA))" $(BIN)/python tests/notebooks.py demo-real
 
 test: .venv/.dev  ## unit tests, doctests, and the notebooks compared with what is committed

@@ -28,12 +28,12 @@ STAMP = VENV / ".stamp"
 # Packages that Colab has beside the project's dependencies, and that a kernel or the
 # notebooks' tests need.
 BESIDE = ["pip", "setuptools", "tensorflow", "pandas", "ipykernel", "ipywidgets", "nbconvert"]
-TOOLS = ["hypothesis", "nbval", "pytest", "pytest-xdist"]
+TOOLS = ["gguf", "hypothesis", "nbval", "pytest", "pytest-xdist"]
 # What another version of Keras, KerasHub or JAX can break. Faults of servers,
 # credentials and texts are the same everywhere, and tested by `make test`.
 TESTED = [
     "training", "lora", "merging", "sampling", "loss", "batches", "checkpoints",
-    "export", "private_surfaces",
+    "export", "gguf", "private_surfaces",
 ]  # fmt: skip
 # A worker that crashes is not replaced: with --dist loadfile, pytest-xdist would wait
 # for its file forever. And pytest's last garbage collection is left out: on 8.4, xdist

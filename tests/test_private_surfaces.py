@@ -24,11 +24,11 @@ LIBRARY = Path(gl.__file__).parent
 # Part of a model: the names on it, in every family.
 ON_MODELS = {
     "model": (
-        "sampler generate_step generate_function train_function test_function "
+        "sampler generate_step call_with_cache generate_function train_function test_function "
         "predict_function _flatten_layers"
     ),
     "backbone": "transformer_layers token_embedding layer_norm layer_norm_epsilon _flatten_layers",
-    "embedding": "embeddings _embeddings",
+    "embedding": "embeddings _embeddings tie_weights reverse_dtype logit_soft_cap",
     "block": "attention pre_attention_norm pre_ffw_norm _compute_attention_mask _flatten_layers",
     "attention": "query_head_dim_normalize",
     "layer": (

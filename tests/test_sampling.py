@@ -171,33 +171,56 @@ def test_max_new_tokens_bounds_every_answer(tiny):
 )
 def test_no_token_is_computed_beyond_the_limit(tiny, sampler):
     """But for one: a sampler's own loop ends with an end token at the limit."""
-    inputs = sampling.padded([[2, 30, 31], [2, 30, 31, 32]], 2, 64, 0)
+    inputs = sampling.padded([[2, 30, 31], [2, 30, 31, 32]], 2, 32, 32, tokenizer_of(tiny))
     decode, seeds = sampling._decoder(tiny, sampler, 0)
-    tokens, _, _ = decode(sampling._weights(tiny), seeds, inputs, limit=9, ends=(1,))
+    tokens, _, _ = decode(sampling._weights(tiny), seeds, inputs, 32, limit=37, ends=(1,))
     tokens = np.asarray(tokens)
-    assert tokens[:, 4:9].all()
-    assert set(tokens[:, 9]) <= {0, 1}
-    assert not tokens[:, 10:].any()
+    assert tokens[:, 32:37].all()
+    assert set(tokens[:, 37]) <= {0, 1}
+    assert not tokens[:, 38:].any()
 
 
 def test_the_loop_stops_when_every_row_has_ended(tiny):
-    """An end token in a prompt ends nothing, and neither does one that is not drawn."""
-    sampler = Scripted([1, 40, 41, 1, 42, 43])
-    inputs = sampling.padded([[2, 30], [2, 30, 1, 32]], 2, 64, 0)
+    """An end token in a prompt ends nothing."""
+    sampler = Scripted([40, 41, 1, 42, 43])
+    inputs = sampling.padded([[2, 30], [2, 30, 1, 32]], 2, 4, 28, tokenizer_of(tiny))
     decode, seeds = sampling._decoder(tiny, sampler, 0)
-    tokens, _, seeds = decode(sampling._weights(tiny), seeds, inputs, limit=60, ends=(1, 106))
-    assert np.asarray(tokens)[:, :8].tolist() == [
-        [2, 30, 1, 40, 41, 1, 0, 0],
-        [2, 30, 1, 32, 41, 1, 0, 0],
+    tokens, _, seeds = decode(sampling._weights(tiny), seeds, inputs, 4, limit=32, ends=(1, 106))
+    assert np.asarray(tokens)[:, :9].tolist() == [
+        [0, 0, 2, 30, 40, 41, 1, 0, 0],
+        [2, 30, 1, 32, 40, 41, 1, 0, 0],
     ]
-    assert np.asarray(seeds).tolist() == [[0, 4]]
+    assert np.asarray(seeds).tolist() == [[0, 3]]
 
 
-def test_a_long_prompt_among_short_ones_is_answered_by_itself():
+@pytest.mark.parametrize("family", quick(["gemma3"], FAMILIES))
+def test_padding_before_a_prompt_changes_nothing(random_model, family):
+    """Nor does what stands in other rows, or which side the vocabulary is on."""
+    model = random_model(family)
+    prompt = tokenizer_of(model).prompt(None, QUESTION)
+    decode, seeds = sampling._decoder(model, "greedy", 0)
+
+    def answer(rows, begin):
+        inputs = sampling.padded(rows, 1, begin, 8, tokenizer_of(model))
+        # What nobody looks at may be anything.
+        for row, first in zip(inputs["token_ids"], inputs["first"], strict=True):
+            row[:first] = 7
+        limit = begin + 8
+        tokens, _, _ = decode(
+            sampling._weights(model), seeds, inputs, begin, limit=limit, ends=(1,)
+        )
+        return np.asarray(tokens)[0, begin:limit].tolist()
+
+    alone = answer([prompt], len(prompt))
+    assert answer([prompt], len(prompt) + 13) == alone
+    assert answer([prompt, [*prompt, *prompt]], 2 * len(prompt) + 5) == alone
+
+
+def test_a_long_prompt_is_not_answered_among_many_short_ones():
     def rows(sizes):
         return len(sampling._batches(sizes)[0])
 
-    assert rows([8] * 15 + [3000]) == 1
+    assert rows([8] * 15 + [3000]) == 2
     assert rows([8, 9, 9, 10]) == 4
     assert rows([20] * 64) == 64
     assert [len(batch) for batch in sampling._batches([20] * 70)] == [32, 32, 6]

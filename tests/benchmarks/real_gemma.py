@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--prose", type=Path)
     parser.add_argument("--rows", type=int)
     options = parser.parse_args()
-    options.rows = options.rows or {"answers": 1000, "speed": 32}[options.part]
+    options.rows = options.rows or {"answers": 1000, "speed": 64}[options.part]
     found = {"answers": answers, "speed": speed}[options.part](options)
     from training import device, version
 
