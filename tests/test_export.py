@@ -16,6 +16,7 @@ import gemma_lora as gl
 from gemma_lora.formats import card as cards
 from gemma_lora.formats import transformers as transformers_format
 from gemma_lora.lora import linear_layers, lora_layers, merged_kernel
+from gemma_lora.templates import TEMPLATES
 from gemma_lora.tokens import tokenizer_of
 
 
@@ -248,9 +249,7 @@ def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(
         shape = (2, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], 2)
         tensors[name] = numbers.normal(size=shape).astype("float32")
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps(config | {"rank_pattern": {}, "alpha_pattern": {}})
-    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
     fresh = random_model("gemma")
     assert gl.load_adapter(fresh, tmp_path).rank == 8
     layer = fresh.backbone.transformer_layers[1].attention.query_dense
@@ -264,6 +263,30 @@ def test_an_adapter_of_peft_that_keras_has_no_factors_for_gets_a_higher_rank(
     assert np.allclose(transformers_format.matrix(layer, update), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_asks_as_training_did(name):
+    """Also with system turns, content in parts, and more than one question."""
+    template = TEMPLATES[name]
+    chat = jinja2.Template(transformers_format.chat_template(template))
+
+    def said(*messages):
+        turns = [{"role": role, "content": content} for role, content in messages]
+        return chat.render(messages=turns, bos_token="<bos>")
+
+    question, rule = "Name a river.", "Be brief."
+    plain = template.prompt(question)
+    with_rule = template.prompt({"instruction": question, "context": rule})
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    assert said(("user", question)) == f"<bos>{plain}"
+    assert said(("user", parts)) == f"<bos>{plain}"
+    assert said(("system", rule), ("user", question)) == f"<bos>{with_rule}"
+    assert said(("system", " "), ("user", question)) == f"<bos>{plain}"
+    both = template.prompt({"instruction": question, "context": f"{rule}\n\n{rule}"})
+    assert said(("system", rule), ("system", rule), ("user", parts)) == f"<bos>{both}"
+    talk = said(("system", rule), ("user", question), ("assistant", "The Sava."), ("user", "And?"))
+    assert talk == f"<bos>{with_rule}The Sava.{template.end}{template.prompt('And?')}"
+
+
 ONE = np.ones((1, 1), "float32")
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
@@ -273,10 +296,10 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     [
         ({"peft_type": "IA3"}, "not a plain LoRA adapter"),
         ({"use_dora": True}, "not a plain LoRA adapter"),
-        ({"rank_pattern": {}}, "not of rank"),
+        ({"r": 3}, "not of rank"),
         ({"init_lora_weights": "pissa"}, "not a plain LoRA adapter"),
         ({"alora_invocation_tokens": [1]}, "not a plain LoRA adapter"),
-        ({"rank_pattern": {"o_proj": 4}}, "not of rank"),
+        ({"rank_pattern": {"q_proj": 4}}, "not of rank"),
     ],
 )
 def test_other_adapters_of_peft_are_refused(random_model, tmp_path, change, message):
@@ -319,6 +342,43 @@ def test_peft_scales_by_the_square_root_with_rslora(random_model, tmp_path):
     assert summary.alpha / summary.rank == pytest.approx(6 / 3**0.5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank_and_one_alpha_give_every_module_its_scale(random_model, tmp_path, family):
+    """llama.cpp's converter keeps one alpha, and divides it by a tensor's rank."""
+    model = tuned(random_model(family), targets="all_linear")
+    gl.export_peft(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not {"rank_pattern", "alpha_pattern"} & {*config}
+    for index, block in enumerate(model.backbone.transformer_layers):
+        for path, layer in lora_layers(model).items():
+            if not path.startswith(f"{block.name}/"):
+                continue
+            name = f"base_model.model.model.layers.{index}.{transformers_format.NAMES[layer.name]}"
+            down, up = (tensors[f"{name}.lora_{part}.weight"] for part in "AB")
+            update = np.asarray(merged_kernel(layer)) - np.asarray(layer._kernel)
+            expected = transformers_format.matrix(layer, update)
+            assert np.allclose(config["lora_alpha"] / len(down) * up @ down, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["base_model.model.model.language_model.", "base_model.model.language_model.model."]
+)
+def test_an_adapter_of_a_gemma_with_vision_is_read_for_its_text_part(
+    random_model, tmp_path, prefix
+):
+    model = tuned(random_model("gemma3"))
+    gl.export_peft(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    renamed = {
+        name.replace("base_model.model.model.", prefix): tensor for name, tensor in tensors.items()
+    }
+    save_file(renamed, tmp_path / "adapter_model.safetensors")
+    fresh = random_model("gemma3")
+    gl.load_adapter(fresh, tmp_path)
+    assert np.abs(logits(fresh) - logits(model)).max() < 1e-5
+
+
 def test_peft_scales_modules_by_patterns_of_their_whole_names(random_model, tmp_path):
     model = tuned(random_model("gemma"), targets="value")
     gl.export_peft(model, tmp_path)
@@ -334,6 +394,4 @@ def test_peft_scales_modules_by_patterns_of_their_whole_names(random_model, tmp_
         one, other = (np.asarray(merged_kernel(b.attention.value_dense)) for b in (ours, theirs))
         kernel = np.asarray(ours.attention.value_dense._kernel)
         scales.append(np.linalg.norm(other - kernel) / np.linalg.norm(one - kernel))
-    assert scales == pytest.approx(
-        [60 / config["alpha_pattern"]["v_proj"], config["lora_alpha"] / 6], rel=1e-3
-    )
+    assert scales == pytest.approx([60 / config["lora_alpha"], 1], rel=1e-3)

@@ -12,6 +12,8 @@ all,
 
 *Out*: KerasHub's factors are PEFT's of rank `heads * rank`, exactly: the heads' A below
 each other, and B once for each head on the diagonal of a block matrix (`to_peft`).
+Factors of zeros bring every module to the same rank, because not every reader knows
+`rank_pattern`: llama.cpp's converter has one alpha for all.
 
 *Back*: any update of PEFT's is one of KerasHub's, of a rank of at most the head size. A
 singular value decomposition finds the smallest one (`_to_keras`). An adapter that went
@@ -38,8 +40,10 @@ DESCRIPTION_FILE = "gemma_lora.json"
 
 # "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": block, module and
 # factor.
+# A Gemma that also sees pictures has its text part under "language_model".
 _TENSOR_NAME = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight"
+    r"(?:(?:base_model|model|language_model)\.)+"
+    r"layers\.(\d+)\.([\w.]+)\.lora_([AB])(?:\.\w+)?\.weight"
 )
 
 # Options that make an adapter compute something else than B A beside its base. Most
@@ -85,22 +89,25 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
     lora = lora_to_export(model)
     folder = Path(folder).expanduser()
     blocks = [block.name for block in model.backbone.transformer_layers]
-    tensors = {}
-    ranks = {}
+    factors = {}
     for path, layer in lora_layers(model).items():
-        name = NAMES[layer.name]
         a = np.asarray(layer.lora_kernel_a.value, "float32")
         b = np.asarray(layer.lora_kernel_b.value, "float32")
-        down, up = to_peft(a, b, heads=has_heads(layer))
-        prefix = f"base_model.model.model.layers.{blocks.index(path.split('/')[0])}.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(down)
-        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(up)
-        if has_heads(layer):
-            ranks[name.split(".")[-1]] = len(down)
+        block = blocks.index(path.split("/")[0])
+        name = f"base_model.model.model.layers.{block}.{NAMES[layer.name]}"
+        factors[name] = to_peft(a, b, heads=has_heads(layer))
+    rank = max(len(down) for down, _ in factors.values())
+    tensors = {}
+    for name, (down, up) in factors.items():
+        missing = rank - len(down)
+        # safetensors writes memory as it lies.
+        down = np.ascontiguousarray(np.pad(down, [(0, missing), (0, 0)]))
+        up = np.ascontiguousarray(np.pad(up, [(0, 0), (0, missing)]))
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     folder.mkdir(parents=True, exist_ok=True)
     weights = save(tensors, metadata={"format": "pt"})
     write_file(folder / "adapter_model.safetensors", weights)
-    write_json(folder / "adapter_config.json", _config(lora, ranks, base))
+    write_json(folder / "adapter_config.json", _config(lora, rank, base))
     write_json(folder / DESCRIPTION_FILE, describe(model))
     write_card(folder, model_card(model, kind="peft"))
     return Exported(folder, sizes(folder), "To check: peft.PeftModel.from_pretrained(base, folder)")
@@ -116,18 +123,15 @@ def lora_to_export(model) -> LoraSummary:
     return lora
 
 
-def _config(lora: LoraSummary, ranks: dict[str, int], base: str | Path) -> dict:
-    """Return PEFT's config; `ranks` holds modules with another rank than LoRA's own."""
+def _config(lora: LoraSummary, rank: int, base: str | Path) -> dict:
+    """Return PEFT's config for factors of this rank, whatever LoRA's own is."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "rank_pattern": ranks,
-        # PEFT divides alpha by the module's own rank; this keeps the scale alpha /
-        # rank.
-        "alpha_pattern": {name: lora.alpha * rank / lora.rank for name, rank in ranks.items()},
+        "r": rank,
+        # PEFT divides alpha by its own rank; this keeps LoRA's scale, alpha / rank.
+        "lora_alpha": lora.alpha * rank / lora.rank,
         "target_modules": [NAMES[name].split(".")[-1] for name in lora.targets],
         "lora_dropout": 0.0,
         "bias": "none",
@@ -193,8 +197,14 @@ def read(model, folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     scales = {}
     for path, parts in _factors_of_peft(model, folder).items():
         scales[path] = _scale(path, parts, config, model)
+        # Rows of zeros, as `export_peft` adds them, are no part of the update.
+        used = np.flatnonzero(parts["A"].any(axis=1))
+        used = used if len(used) else [0]
         factors[path] = _to_keras(
-            parts["A"], parts["B"], kernel_shape(layers[path]), heads=has_heads(layers[path])
+            parts["A"][used],
+            parts["B"][:, used],
+            kernel_shape(layers[path]),
+            heads=has_heads(layers[path]),
         )
     targets = {path.split("/")[-1] for path in factors}
     rank = max(len(b) for _, b in factors.values())
@@ -311,6 +321,7 @@ def _for_module(module: str, config: dict, pattern: str, default: str):
     4
     """
     for name, value in (config.get(pattern) or {}).items():
+        name = name.replace("language_model.", "")
         if re.fullmatch(rf"(.*\.)?({name})", module):
             return value
     return config[default]

@@ -331,26 +331,48 @@ def _write_tokenizer(model, folder: Path) -> None:
 def chat_template(template: Template) -> str:
     """Return a template in Jinja, so that a chat asks as training did.
 
-    Transformers' `apply_chat_template` and servers use it.
+    Transformers' `apply_chat_template` and servers use it. A system turn is the context
+    of the question after it, as in `gl.load_records`. Content may be text, or a list of
+    parts, of which those of type "text" are read.
 
     >>> from gemma_lora.templates import TEMPLATES
-    >>> print(chat_template(TEMPLATES["recipe"])[-86:-23])
-    {{ "Instruction:\\n" + message["content"] + "\\n\\nResponse:\\n" }}
+    >>> print(chat_template(TEMPLATES["recipe"])[-72:-23])
+    {{ "Instruction:\\n" + text + "\\n\\nResponse:\\n" }}
     """
-    prompt = []
-    for literal, field, _, _ in Formatter().parse(template.without_context):
-        if literal:
-            prompt.append(json.dumps(literal, ensure_ascii=False))
-        if field:
-            prompt.append('message["content"]')
-    # Doubled braces are Jinja's own, in an f-string.
-    answer = f'{{{{ message["content"] + {json.dumps(template.end)} }}}}'
-    question = f"{{{{ {' + '.join(prompt)} }}}}"
+    # Doubled braces are Jinja's own, in an f-string. What is set within a loop is
+    # forgotten after its turn, but for the attributes of a namespace.
+    answer = f"{{{{ text + {json.dumps(template.end)} }}}}"
     return (
-        "{{ bos_token }}{% for message in messages %}"
-        '{% if message["role"] == "assistant" %}'
-        f"{answer}{{% else %}}{question}{{% endif %}}{{% endfor %}}"
+        '{{ bos_token }}{% set asked = namespace(context="") %}{% for message in messages %}'
+        '{% if message["content"] is string %}{% set text = message["content"] %}{% else %}'
+        '{% set text = message["content"] | selectattr("type", "equalto", "text")'
+        ' | map(attribute="text") | join("\n\n") %}{% endif %}'
+        '{% if message["role"] in ["assistant", "model"] %}'
+        f"{answer}"
+        '{% elif message["role"] == "system" %}'
+        '{% if asked.context %}{% set text = asked.context + "\n\n" + text %}{% endif %}'
+        "{% set asked.context = text %}"
+        "{% elif asked.context | trim %}"
+        f"{_in_jinja(template.with_context)}"
+        '{% set asked.context = "" %}{% else %}'
+        f"{_in_jinja(template.without_context)}"
+        "{% endif %}{% endfor %}"
     )
+
+
+def _in_jinja(text: str) -> str:
+    """Return an expression for a template's text: strings and fields, joined.
+
+    >>> _in_jinja("Q: {instruction}")
+    '{{ "Q: " + text }}'
+    """
+    parts = []
+    for literal, field, _, _ in Formatter().parse(text):
+        if literal:
+            parts.append(json.dumps(literal, ensure_ascii=False))
+        if field:
+            parts.append({"instruction": "text", "context": "asked.context"}[field])
+    return f"{{{{ {' + '.join(parts)} }}}}"
 
 
 def _write_generation_settings(model, folder: Path, config: dict) -> None:
