@@ -1,7 +1,8 @@
 """Load a Gemma by name, and know what is recommended for it.
 
 Here is everything that depends on *which* model it is: where its files are, its
-recommended settings, and what the library remembers of a model that is loaded.
+recommended settings, and what the library remembers of a model that is loaded. Beside a
+saved model stands a note, `gemma_lora.json`, with the template that it was tuned with.
 Downloads are in `access.fetch`; adapters are in `lora`.
 """
 
@@ -17,7 +18,7 @@ import keras_hub
 from gemma_lora.access.fetch import fetch
 from gemma_lora.access.gguf import GGUFFile, is_gguf
 from gemma_lora.runtime import quiet, quiet_warnings, return_memory
-from gemma_lora.templates import Template
+from gemma_lora.templates import Template, get_template, named
 
 TINY = "tiny_gemma_en"
 # Tokens in the small model's vocabulary. No published Gemma has so few.
@@ -32,7 +33,8 @@ class Settings:
     The defaults are the published recipe's.
 
     Attributes:
-        template: Name of the template for prompts.
+        template: The template for prompts: its name, or a `Template` of your own that a
+            saved model was tuned with.
         learning_rate: Of AdamW.
         wide_learning_rate: The same where more than two kinds of layers have adapters.
             None means that it does not differ.
@@ -44,7 +46,7 @@ class Settings:
         exact_answers: Whether answers can be right word for word.
     """
 
-    template: str = "recipe"
+    template: str | Template = "recipe"
     learning_rate: float = 5e-5
     wide_learning_rate: float | None = None
     weight_decay: float = 0.01
@@ -68,6 +70,10 @@ _SETTINGS = {
     ),
     "gemma3_270m": Settings(learning_rate=5e-4, wide_learning_rate=2e-4),
 }
+
+# The file beside a saved model or adapter that says what its own format has no place
+# for.
+NOTE = "gemma_lora.json"
 
 # Folders and files may have any name. Of these we know the model by its shape: layers
 # and hidden width.
@@ -97,6 +103,7 @@ class State:
         preset: The name or folder that the model was loaded from.
         settings: What is recommended for it; `recommended` reads them from here.
         local: Whether the preset was a folder of this machine.
+        noted: The template that it was saved with, or None.
         lora: The summary that `enable_lora` returned; None without adapters.
         run: The record of the last training run: template, rows, settings, seed,
             losses. `generate`, `compare` and `save_adapter` read it. None before any
@@ -112,6 +119,7 @@ class State:
     preset: str
     settings: Settings
     local: bool = False
+    noted: str | Template | None = None
     lora: Any = None
     run: dict | None = None
     trainable: list | None = None
@@ -131,7 +139,8 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
             preset; or a GGUF file of Gemma 1, 2 or 3, whose weights are widened to the
             dtype.
         dtype: "float32", "bfloat16" or another Keras dtype policy. None takes the one
-            that `recommended` names.
+            that `recommended` names: what you have set in Keras for all models, or
+            float32.
 
     Returns:
         A KerasHub model. Its attribute `gemma_lora` is what this library remembers of
@@ -150,11 +159,26 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     place = local_place(name)
     policy = keras.dtype_policies.get(dtype or settings.dtype)
     model = from_preset(keras_hub.models.CausalLM, name, place, dtype=policy)
-    model.gemma_lora = State(preset=name, settings=settings, local=place is not None)
+    model.gemma_lora = State(
+        preset=name, settings=settings, local=place is not None, noted=noted_template(name)
+    )
+    _save_with_note(model)
     _restore_query_scale(model)
     # Loading holds some weights twice for a while.
     return_memory()
     return model
+
+
+def _chosen_in_keras() -> str | None:
+    """Return the dtype policy that the user has set for all models, or None.
+
+    That is `keras.config.set_dtype_policy`, `set_floatx` or Keras's file of settings.
+    """
+    # Keras's policy may be older than its floatx, and does not follow it then.
+    for name in (keras.config.dtype_policy().name, keras.config.floatx()):
+        if name != "float32":
+            return name
+    return None
 
 
 def recommended(model) -> Settings:
@@ -172,9 +196,11 @@ def recommended(model) -> Settings:
         if is_tuned is None:
             # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
             is_tuned = re.search(r"instruct|[-_]it([-_/.]|$)", model)
+        settings = _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
         if is_tuned:
-            return Settings(template="turns")
-        return _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
+            settings = Settings(template="turns")
+        template = noted_template(model) or settings.template
+        return replace(settings, template=template, dtype=_chosen_in_keras() or settings.dtype)
     state = state_of(model)
     wide_rate = state.settings.wide_learning_rate
     if wide_rate and state.lora and len(state.lora.targets) > 2:
@@ -199,8 +225,82 @@ def _look_at(preset: str) -> tuple[tuple[int, int] | None, bool | None]:
         # The format of KerasHub, or that of Transformers.
         config = config.get("config", config)
         layers = config.get("num_layers", config.get("num_hidden_layers"))
-        return (layers, config.get("hidden_dim", config.get("hidden_size"))), None
+        shape = (layers, config.get("hidden_dim", config.get("hidden_size")))
+        chat_template = _chat_template(place)
+        return shape, None if chat_template is None else "<start_of_turn>" in chat_template
     return None, None
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Return Transformers' template for chats, in Jinja; None if a folder has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    if (folder / "tokenizer_config.json").is_file():
+        template = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        return None if template.get("chat_template") is None else str(template["chat_template"])
+    return None
+
+
+def noted_template(preset: str | Path) -> str | Template | None:
+    """Return the template that a folder or a GGUF file says it was tuned with.
+
+    It is a name where it is one of `TEMPLATES`, and None where nothing is said.
+
+    Raises:
+        ValueError: The note cannot be read.
+    """
+    place = Path(preset).expanduser()
+    if is_gguf(place) and place.is_file():
+        text = GGUFFile(place).note()
+        note = place
+    else:
+        note = place / NOTE
+        text = note.read_text("utf-8") if note.is_file() else None
+    if text is None:
+        return None
+    try:
+        said = json.loads(text)
+        run = said.get("run") or {}
+        template = said.get("template") or run.get("template")
+        return None if template is None else named(Template(**template))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{note} does not say the template of tuning as gemma_lora writes it: {error}. "
+            "Save the model again, or delete that file and pass template=... yourself."
+        ) from None
+
+
+def note_of(model) -> str | None:
+    """Return the note to keep beside a model, as JSON; None where there is none.
+
+    That is the template it was tuned with, here or before it was loaded. Of a model
+    that was never tuned nothing is noted.
+    """
+    state = state_of(model)
+    if not (state.run or state.noted):
+        return None
+    return json.dumps({"template": vars(get_template(template_of(model)))}, ensure_ascii=False)
+
+
+def write_note(model, folder: Path) -> None:
+    """Write the note beside a model. A note of another model in its place goes."""
+    note = note_of(model)
+    if note is None:
+        (folder / NOTE).unlink(missing_ok=True)
+    else:
+        (folder / NOTE).write_text(note + "\n", encoding="utf-8")
+
+
+def _save_with_note(model) -> None:
+    """Have `model.save_to_preset` keep the template, which KerasHub's format cannot."""
+    # private: it stands in for a public method, on this model alone.
+    save_weights_and_config = model.save_to_preset
+
+    def save_to_preset(preset_dir, *args, **options):
+        save_weights_and_config(preset_dir, *args, **options)
+        write_note(model, Path(preset_dir))
+
+    model.save_to_preset = save_to_preset
 
 
 def state_of(model) -> State:

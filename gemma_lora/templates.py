@@ -134,6 +134,16 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+def named(template: str | Template) -> str | Template:
+    """Return the name of a template if it is one of `TEMPLATES`, else the template.
+
+    >>> named(TEMPLATES["turns"])
+    'turns'
+    """
+    template = get_template(template)
+    return template.name if template == TEMPLATES.get(template.name) else template
+
+
 def get_template(template: str | Template) -> Template:
     """Look a template up by name; a `Template` is its own. Raises ValueError."""
     if isinstance(template, Template):

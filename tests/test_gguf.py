@@ -18,7 +18,7 @@ from gemma_lora.access import gguf as reading
 from gemma_lora.access.gguf import GGUFFile
 from gemma_lora.formats import gguf as writing
 from gemma_lora.lora import linear_layers
-from gemma_lora.templates import TEMPLATES
+from gemma_lora.templates import TEMPLATES, named
 from gemma_lora.tokens import tokenizer_of
 
 # Runs of spaces and line breaks, accents, a character of four bytes, and turns.
@@ -153,8 +153,7 @@ def test_the_template_of_tuning_goes_along(tmp_path, template):
     assert go(for_ollama, "A horse.", "assistant") == f"A horse.{template.end}"
     # Ollama's parser reads them, and drops what cannot be printed.
     assert all(letter.isprintable() or letter == "\n" for letter in modelfile)
-    turns = "turns" if template.name == "turns" else "recipe"
-    assert gl.recommended(str(tmp_path / "my model.gguf")).template == turns
+    assert gl.recommended(str(tmp_path / "my model.gguf")).template == named(template)
 
 
 def test_what_a_file_says_of_itself(tiny, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import os
 import warnings
 from pathlib import Path
 
+import keras
 import keras_hub
 import pytest
 
@@ -37,6 +38,134 @@ def test_a_model_remembers_where_it_came_from(tiny, tmp_path, monkeypatch):
 
 class SimpleModel:
     """Takes any attribute."""
+
+    def save_to_preset(self, preset_dir):
+        pass
+
+
+# The template of tuning, by every way that a model leaves and comes back
+
+OWN = gl.Template("qa", "Question: {instruction}\nAnswer:\n", "{context}\n{instruction}\nAnswer:\n")
+
+
+def as_preset(model, place):
+    gl.merge(model)
+    model.save_to_preset(str(place))
+    return place
+
+
+def as_preset_twice(model, place):
+    gl.load(as_preset(model, place / "first")).save_to_preset(str(place / "again"))
+    return place / "again"
+
+
+def for_transformers(model, place):
+    gl.export_transformers(model, place, verify=False)
+    return place
+
+
+def as_gguf(model, place):
+    gl.export_gguf(model, place / "x.gguf")
+    return place / "x.gguf"
+
+
+def gguf_of_a_preset(model, place):
+    return as_gguf(gl.load(as_preset(model, place / "first")), place)
+
+
+WAYS = [as_preset, as_preset_twice, for_transformers, as_gguf, gguf_of_a_preset]
+
+
+@pytest.fixture(scope="module", params=[OWN, "turns"], ids=["own", "turns"])
+def tuned_with(request, tiny_factory):
+    """A template, and a way to make models that were tuned with it."""
+
+    def make():
+        model = tiny_factory()
+        gl.enable_lora(model)
+        gl.fit(model, gl.load_tiny_world()[0].select(range(4)), template=template, verbose=0)
+        return model
+
+    template = request.param
+    return template, make
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_comes_back_knows_its_template(tuned_with, tmp_path, way):
+    template, make = tuned_with
+    place = way(make(), tmp_path)
+    assert models.template_of(gl.load(place)) == template
+    assert gl.recommended(str(place)).template == template
+
+
+@pytest.mark.parametrize("way", [gl.save_adapter, gl.export_peft])
+def test_an_adapter_that_comes_back_knows_its_template(tuned_with, tiny_factory, tmp_path, way):
+    template, make = tuned_with
+    way(make(), tmp_path)
+    model = tiny_factory()
+    gl.load_adapter(model, tmp_path)
+    assert models.template_of(model) == gl.templates.get_template(template)
+
+
+def test_an_adapter_that_does_not_know_its_template_says_so(
+    tuned_with, tiny_factory, tmp_path, capsys
+):
+    _, make = tuned_with
+    gl.export_peft(make(), tmp_path)
+    (tmp_path / models.NOTE).unlink()
+    gl.load_adapter(tiny_factory(), tmp_path)
+    assert "does not say which template" in capsys.readouterr().out
+
+
+def test_a_model_that_was_never_tuned_leaves_no_note(tuned_with, tiny, tmp_path):
+    _, make = tuned_with
+    as_preset(make(), tmp_path)
+    tiny.save_to_preset(str(tmp_path))
+    assert not (tmp_path / models.NOTE).exists()
+    assert gl.recommended(str(tmp_path)).template == "recipe"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"template": {"name": "x"}}'])
+def test_a_note_that_cannot_be_read_is_said(tiny, tmp_path, text):
+    tiny.save_to_preset(str(tmp_path))
+    (tmp_path / models.NOTE).write_text(text)
+    with pytest.raises(ValueError, match="Save the model again, or delete that file"):
+        gl.load(tmp_path)
+
+
+def test_a_chat_template_of_transformers_tells_an_instruction_tuned_model(tiny, tmp_path):
+    gl.export_transformers(tiny, tmp_path, verify=False)
+    assert gl.recommended(str(tmp_path)).template == "recipe"
+    (tmp_path / "chat_template.jinja").write_text("<start_of_turn>{{ messages }}")
+    assert gl.recommended(str(tmp_path)).template == "turns"
+
+
+# What was set in Keras
+
+
+@pytest.fixture
+def keras_settings():
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize(
+    ("choose", "name", "weights"),
+    [
+        (lambda: keras.config.set_floatx("bfloat16"), "bfloat16", "bfloat16"),
+        (lambda: keras.config.set_dtype_policy("bfloat16"), "bfloat16", "bfloat16"),
+        (lambda: keras.config.set_dtype_policy("mixed_bfloat16"), "mixed_bfloat16", "float32"),
+    ],
+)
+def test_a_dtype_that_was_set_in_keras_is_taken(keras_settings, choose, name, weights):
+    choose()
+    model = gl.load()
+    assert model.backbone.dtype_policy.name == name
+    assert model.backbone.token_embedding.embeddings.dtype == weights
+    assert gl.memory_budget("tiny_gemma_en", compile=False).need.dtype == name
+    assert gl.memory_budget(model, compile=False).need.dtype == name
+    assert gl.load(dtype="float32").backbone.dtype_policy.name == "float32"
 
 
 def test_a_preset_is_looked_up_once(monkeypatch):

@@ -266,6 +266,10 @@ class GGUFFile:
         rule.escape_whitespaces = True
         return model.SerializeToString()
 
+    def note(self) -> str | None:
+        """Return what `export_gguf` noted of the tuning, as JSON; None without it."""
+        return self._read("gemma_lora.note")
+
     def is_instruction_tuned(self) -> bool:
         """Return whether the file says that its model was tuned to take turns.
 

@@ -35,8 +35,8 @@ from gemma_lora.lora import (
     resolve_targets,
     target_names,
 )
-from gemma_lora.models import state_of
-from gemma_lora.templates import Template
+from gemma_lora.models import state_of, template_of
+from gemma_lora.templates import Template, get_template
 
 FORMAT = 2
 ADAPTER_FILE = "adapter.safetensors"
@@ -159,6 +159,11 @@ def load_adapter(
     for name, variable in _variables(model).items():
         variable.assign(tensors[name])
     state.run = description["run"]
+    if state.run is None and not (Path(source) / ADAPTER_FILE).is_file():
+        print(
+            f"{source} does not say which template it was trained with. The model is asked with "
+            f"{get_template(template_of(model)).name!r}; template=... takes another."
+        )
     return summary
 
 

@@ -38,7 +38,7 @@ from gemma_lora.formats.card import (
 from gemma_lora.formats.peft import has_heads, lora_to_export, to_peft
 from gemma_lora.formats.transformers import Exported, chat_template, matrix, transformers_config
 from gemma_lora.lora import kernel_shape, lora_layers, merged_kernel
-from gemma_lora.models import template_of
+from gemma_lora.models import note_of, template_of
 from gemma_lora.runtime import quiet
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
@@ -184,7 +184,10 @@ def _vocabulary(model) -> dict:
     if template.end != "<eos>":
         vocabulary["eot_token_id"] = tokenizer.id_of(template.end)
     metadata = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
-    return metadata | {"tokenizer.chat_template": chat_template(template)}
+    metadata["tokenizer.chat_template"] = chat_template(template)
+    if note := note_of(model):
+        metadata["gemma_lora.note"] = note
+    return metadata
 
 
 def _general(model, kind: str, dtype: str) -> dict:

@@ -33,10 +33,10 @@ from safetensors.numpy import load_file, save
 from gemma_lora.formats.card import describe, model_card, write_card, write_file, write_json
 from gemma_lora.formats.transformers import NAMES, Exported, sizes
 from gemma_lora.lora import LoraSummary, kernel_shape, linear_layers, lora_layers
-from gemma_lora.models import state_of
+from gemma_lora.models import NOTE, state_of
 
 # The base, and the record of training: PEFT's own files have no place for them.
-DESCRIPTION_FILE = "gemma_lora.json"
+DESCRIPTION_FILE = NOTE
 
 # "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": block, module and
 # factor.

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from gemma_lora.formats.card import model_card, write_card, write_file, write_json
 from gemma_lora.lora import kernel_shape, linear_layers, merged_kernel
-from gemma_lora.models import template_of
+from gemma_lora.models import template_of, write_note
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template
@@ -441,6 +441,7 @@ def export_transformers(model, folder: str | Path, *, verify: bool | None = None
     write_json(folder / "config.json", config)
     _write_generation_settings(model, folder, config)
     _write_tokenizer(model, folder)
+    write_note(model, folder)
     write_card(folder, model_card(model, kind="transformers"))
     files = sizes(folder)
     reason = _reason_not_to_verify(model, verify, sum(files.values()))
