@@ -15,7 +15,7 @@ from keras_hub.samplers import Sampler
 from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import state_of, template_of
+from gemma_lora.models import one_at_a_time, state_of, template_of
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, text_pieces
@@ -122,6 +122,7 @@ class Evaluation(ShowsAsTable):
         return Table(rows, caption=caption)
 
 
+@one_at_a_time
 def evaluate(
     model,
     records: Sequence[Mapping],
@@ -177,6 +178,7 @@ def evaluate(
     )
 
 
+@one_at_a_time
 def perplexity(model, texts: Sequence[str]) -> float:
     """Measure the perplexity per token of plain texts, without a template.
 
@@ -213,6 +215,7 @@ def _measure(model, encoded: Encoded) -> tuple[float, float]:
     return logs["loss"], logs["accuracy"]
 
 
+@one_at_a_time
 def compare(
     model,
     prompts: Sequence[str | Mapping],

@@ -24,7 +24,7 @@ import numpy as np
 from keras import ops
 
 from gemma_lora import runtime
-from gemma_lora.models import Merge, state_of
+from gemma_lora.models import Merge, one_at_a_time, state_of
 from gemma_lora.tables import ShowsAsTable, Table
 
 # The layers of a decoder block that can take an adapter, in the order of its
@@ -134,6 +134,7 @@ class LoraSummary(ShowsAsTable):
         return Table(rows, caption=caption)
 
 
+@one_at_a_time
 def enable_lora(
     model,
     *,
@@ -316,18 +317,20 @@ def adapters_off(model) -> Iterator[None]:
     >>> with adapters_off(model):
     ...     answer = gl.generate(model, "What is the capital of Slovenia?")
     """
-    variables = [layer.lora_kernel_b for layer in lora_layers(model).values()]
-    # Copies, because assigning may overwrite a value in place.
-    values = [ops.copy(variable.value) for variable in variables]
-    for variable in variables:
-        variable.assign(ops.zeros(variable.shape, variable.dtype))
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
+    with state_of(model).lock:
+        variables = [layer.lora_kernel_b for layer in lora_layers(model).values()]
+        # Copies, because assigning may overwrite a value in place.
+        values = [ops.copy(variable.value) for variable in variables]
+        for variable in variables:
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
 
 
+@one_at_a_time
 def merge(model, *, keep: bool = False) -> None:
     """Fold the adapters into the kernels, W + (alpha / rank) A B, and take them off.
 
@@ -400,6 +403,7 @@ def merged_kernel(layer) -> np.ndarray:
     return (kernel.astype("float32") + update).astype(kernel.dtype)
 
 
+@one_at_a_time
 def remove_adapter(model) -> None:
     """Take the adapters off, and undo a `merge(keep=True)`: the base as it was loaded.
 

@@ -8,7 +8,10 @@ Downloads are in `access.fetch`; adapters are in `lora`.
 
 import json
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,7 @@ class State:
         tokenizer: The model's `tokens.Tokenizer`, once somebody needed it.
         steps: What `fit` and `evaluate` compiled, so that a second call need not.
         samplers: What `generate` and `stream` compiled, for the same reason.
+        lock: Held by whatever computes with the model: see `one_at_a_time`.
     """
 
     preset: str
@@ -127,6 +131,7 @@ class State:
     tokenizer: Any = None
     steps: dict = field(default_factory=dict)
     samplers: dict = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
 
 def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.models.CausalLM:
@@ -319,6 +324,21 @@ def state_of(model) -> State:
     if not hasattr(model, "gemma_lora"):
         model.gemma_lora = State(preset=model.name, settings=recommended(model.name))
     return model.gemma_lora
+
+
+def one_at_a_time(function: Callable) -> Callable:
+    """Make a function of a model wait until other threads are done with the model.
+
+    A server such as Flask's or Gradio's calls from several threads. While JAX traces a
+    program, and while adapters are off or trained, a model must not serve another.
+    """
+
+    @wraps(function)
+    def waits(model, *args, **options):
+        with state_of(model).lock:
+            return function(model, *args, **options)
+
+    return waits
 
 
 def template_of(model) -> str | Template:

@@ -25,7 +25,7 @@ from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import state_of, template_of
+from gemma_lora.models import one_at_a_time, state_of, template_of
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
 
@@ -45,6 +45,7 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LENGTH_STEP = 32
 
 
+@one_at_a_time
 def generate(
     model,
     prompts: str | Mapping | Sequence[str | Mapping],
@@ -163,10 +164,12 @@ def _streamed_tokens(
     explained = partial(
         explained_out_of_memory, model, answering=True, prompts=1, sequence_length=end
     )
-    with explained():
+    lock = state_of(model).lock
+    with lock, explained():
         _, cache, _ = decode(weights, seeds, inputs, begin)
     for place in range(begin, end):
-        with explained():
+        # Between two tokens, others may ask.
+        with lock, explained():
             tokens, cache, seeds = decode(weights, seeds, inputs, begin, start=place, cache=cache)
             token = int(np.asarray(tokens)[0, place])
         if token in task.ends:

@@ -35,12 +35,13 @@ from gemma_lora.loss import (
     training_step,
 )
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import Settings, recommended, state_of, template_of
+from gemma_lora.models import Settings, one_at_a_time, recommended, state_of, template_of
 from gemma_lora.progress import LossCurve, Progress
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Encoded, encode
 
 
+@one_at_a_time
 def fit(
     model,
     train: Iterable[Mapping],

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import keras_hub
 import numpy as np
@@ -349,6 +351,24 @@ def test_a_stream_can_be_left_and_another_answer_asked_for_between(tiny):
     assert first + "".join(stream) == answer
     next(gl.stream(tiny, QUESTION, max_new_tokens=8))
     assert tiny.sampler is sampler
+
+
+def test_threads_get_the_answers_that_each_would_get_alone(tiny_factory):
+    """As in a server: also while one streams, measures or switches adapters."""
+    model = tiny_factory()
+    gl.enable_lora(model)
+    rows = gl.load_tiny_world()[1].select(range(4))
+    tasks = [
+        lambda: gl.generate(model, QUESTION, max_new_tokens=8),
+        lambda: gl.generate(model, [START, QUESTION], max_new_tokens=5, sampler="top_k"),
+        lambda: "".join(gl.stream(model, START, template=None, max_new_tokens=6)),
+        lambda: str(gl.compare(model, [START], max_new_tokens=3)),
+        lambda: gl.evaluate(model, rows, answers=False).loss,
+    ]
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        # The first round also compiles, all at once.
+        rounds = [[*pool.map(lambda task: task(), tasks)] for _ in range(3)]
+    assert rounds == [[task() for task in tasks]] * 3
 
 
 def test_what_cannot_be_streamed_is_said(tiny):

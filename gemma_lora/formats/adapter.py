@@ -35,7 +35,7 @@ from gemma_lora.lora import (
     resolve_targets,
     target_names,
 )
-from gemma_lora.models import state_of, template_of
+from gemma_lora.models import one_at_a_time, state_of, template_of
 from gemma_lora.templates import Template, get_template
 
 FORMAT = 2
@@ -110,6 +110,7 @@ def save_adapter(model, folder: str | Path) -> Path:
     return folder
 
 
+@one_at_a_time
 def load_adapter(
     model, source: str | Path, *, targets: str | Sequence[str] | None = None, force: bool = False
 ) -> LoraSummary:
