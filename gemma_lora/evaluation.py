@@ -16,6 +16,7 @@ from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import one_at_a_time, state_of, template_of
+from gemma_lora.records import as_prompts, as_records, checked_record
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, text_pieces
@@ -152,16 +153,18 @@ def evaluate(
     # Records are cut as in training.
     run = state.run or {}
     length = run.get("sequence_length", state.settings.sequence_length)
-    encoded = encode(model, records, template=template, sequence_length=length)
+    rows = [*as_records(records)]
+    encoded = encode(model, rows, template=template, sequence_length=length)
     loss, accuracy = _measure(model, encoded)
 
     given = []
     asked = Counter()
     right = Counter()
     if state.settings.exact_answers if answers is None else answers:
-        given = generate(model, list(records), template=template)
-        for record, answer in zip(records, given, strict=True):
-            category = record.get("category") or "all"
+        checked = [checked_record(row, {}) for row in rows]
+        given = generate(model, checked, template=template)
+        for record, answer in zip(checked, given, strict=True):
+            category = record["category"] or "all"
             asked[category] += 1
             if answer.split() == record["response"].split():
                 right[category] += 1
@@ -239,8 +242,7 @@ def compare(
         raise ValueError(
             "The model has no adapters, so nothing to compare. Call gl.enable_lora() and gl.fit()."
         )
-    if isinstance(prompts, str | Mapping):
-        prompts = [prompts]
+    _, prompts = as_prompts(prompts)
     options = {"sampler": sampler, "seed": seed, "max_new_tokens": max_new_tokens}
     tuned = generate(model, prompts, **options)
     with adapters_off(model):

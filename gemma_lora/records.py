@@ -2,11 +2,10 @@
 
 A record is a dict of four texts: instruction, context, response and category. These are
 Dolly's columns, and every loader here returns a `datasets.Dataset` of exactly these.
-How a record becomes a prompt is in `templates`; how it becomes token ids is in
-`tokens`.
+How a file is read is in `access.files`; how a record becomes a prompt is in
+`templates`; how it becomes token ids is in `tokens`.
 """
 
-import csv
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import datasets
 
+from gemma_lora.access.files import has_rows, rows_of_file
 from gemma_lora.tiny.questions import load_tiny_world
 
 COLUMNS = ("instruction", "context", "response", "category")
@@ -29,18 +29,28 @@ _SMALL_MODEL = "tiny_gemma_en"
 _REQUIRED = ("instruction", "response")
 
 # What other data sets call the same columns: Alpaca's names, question and answer,
-# prompt and completion. The first name that a row has is taken.
+# prompt and completion. The first name that a row has is taken. Case, blanks and
+# underscores do not matter.
 _OTHER_NAMES = {
-    "instruction": ("instruction", "prompt", "prompts", "question", "query"),
+    "instruction": (
+        "instruction", "instructions", "prompt", "prompts", "question", "questions", "query",
+        "inputs", "user", "human",
+    ),
     "context": ("context", "input"),
-    "response": ("response", "responses", "output", "completion", "answer"),
+    "response": (
+        "response", "responses", "output", "outputs", "completion", "answer", "answers",
+        "target", "targets", "assistant",
+    ),
     "category": ("category",),
-}
+}  # fmt: skip
+# How to behave: it becomes a part of the context, as the system turn of a chat does.
+_SYSTEM = ("system", "systemprompt")
+# Earlier turns of the same talk, for which a record has no place.
+_EARLIER_TURNS = ("history", "chathistory")
+_CHATS = ("messages", "conversations", "conversation")
 
 # Who speaks in a chat, and what other formats call the same two.
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
-
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
 
 _WAYS_OUT = (
     "Ways out: check the network and run this again (what was downloaded before needs no "
@@ -162,13 +172,15 @@ def load_records(
     {'instruction': 'What is 2 + 2?', 'context': '', 'response': '4', 'category': ''}
 
     Args:
-        source: A path to a `.jsonl`, `.json` or `.csv` file; a pandas DataFrame; a list
-            of dicts; a `datasets.Dataset`; or the name of a data set on the Hugging
-            Face Hub, "owner/name".
+        source: A path to a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.xlsx`
+            file, also gzipped; a frame of pandas or polars; a list of dicts; a dict of
+            lists; a `datasets.Dataset`; or the name of a data set on the Hugging Face
+            Hub, "owner/name".
         columns: What the source calls each column, as {"instruction": "frage", ...}.
-            Columns left out are found by their usual names: Dolly's, Alpaca's, prompt
-            and completion, question and answer, or `messages` of one user turn and one
-            assistant turn (a system turn becomes the context).
+            Columns left out are found by their usual names, in any case: Dolly's,
+            Alpaca's, prompt and completion, question and answer, or `messages` of one
+            user turn and one assistant turn. A system prompt becomes the beginning of
+            the context. Columns that are not used are named once, in a warning.
         on_error: "raise" at the first malformed row, or "skip" malformed rows, with a
             warning that counts them.
         split: Which split of a data set on the Hub.
@@ -187,10 +199,14 @@ def load_records(
         raise ValueError(
             f"columns maps {', '.join(COLUMNS)} to the source's names. Received: {sorted(unknown)}"
         )
-    good, bad = _checked_rows(source, split, columns, raise_at_once=on_error == "raise")
+    unused: dict[str, None] = {}
+    good, bad = _checked_rows(source, split, columns, unused, raise_at_once=on_error == "raise")
     if not good:
         name = source if isinstance(source, str | Path) else f"the {type(source).__name__}"
         raise ValueError(f"No usable record in {name}. {bad[0] if bad else 'It is empty.'}")
+    if unused:
+        names = ", ".join(map(repr, unused))
+        warnings.warn(f"These columns are not used: {names}", stacklevel=2)
     if bad:
         first_three = "\n  ".join(bad[:3])
         warnings.warn(
@@ -245,15 +261,114 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
         ) from error
 
 
-# Reading a source, row by row. Each reader yields (place, row): "rows.csv, line 3" and
+# Reading a source, row by row. A reader yields (place, row): "rows.csv, line 3" and
 # whatever stands there. A row that cannot even be read is yielded as the ValueError
 # that says why, so that `load_records` can skip it and read on.
 
 
+def as_records(source) -> Iterable:
+    """Return rows to train on or to measure, whatever they are in.
+
+    >>> as_records({"question": ["Why?"], "answer": ["So."]})
+    [{'question': 'Why?', 'answer': 'So.'}]
+
+    Args:
+        source: Anything with rows; or what only `load_records` reads: a path, or the
+            name of a data set on the Hub.
+
+    Raises:
+        TypeError: It is nothing with rows.
+    """
+    return load_records(source) if isinstance(source, str | Path) else _listed(source)
+
+
+def as_prompts(prompts) -> tuple[bool, list]:
+    """Return whether this is a single prompt, and a list of prompts.
+
+    >>> as_prompts("Why?")
+    (True, ['Why?'])
+    >>> as_prompts([{"role": "user", "content": "Why?"}])
+    (True, [{'instruction': 'Why?', 'context': ''}])
+
+    Args:
+        prompts: A text; a record, under any of its usual names; a chat of one question,
+            as a list of messages; or many of these, also as a frame or a data set.
+
+    Raises:
+        ValueError: A prompt is empty or not text, or is a chat of several questions.
+        TypeError: It is nothing of the kind.
+    """
+    is_columns = isinstance(prompts, Mapping) and all(
+        isinstance(value, list) and _plain(name) not in _CHATS for name, value in prompts.items()
+    )
+    if isinstance(prompts, str) or (isinstance(prompts, Mapping) and not is_columns):
+        return True, [_as_prompt(prompts)]
+    if not isinstance(prompts, Iterable):
+        raise TypeError(
+            "A prompt is a text, a record with an instruction, a chat, or a list of these. "
+            f"Received: {type(prompts).__name__}"
+        )
+    rows = [*_listed(prompts)]
+    if rows and all(isinstance(row, Mapping) and "role" in row for row in rows):
+        return True, [_as_prompt({"messages": rows})]
+    return False, [_as_prompt(row) for row in rows]
+
+
+def _as_prompt(prompt) -> str | dict[str, str]:
+    """Return a text as it is, else instruction and context, and a response if any."""
+    if isinstance(prompt, list):
+        prompt = {"messages": prompt}
+    text = prompt
+    if isinstance(prompt, Mapping):
+        row = {**prompt}
+        for name in prompt:
+            if _plain(name) in _CHATS and prompt[name] is not None:
+                row |= _question_of(prompt[name])
+        # A prompt needs no response.
+        names = _names({"response": "", **row}, {})
+        if names["history"] is not None and row[names["history"]]:
+            raise ValueError(
+                f"{names['history']!r} has earlier turns, and a prompt is one question."
+            )
+        text = row[names["instruction"]]
+        parts = [row[names[name]] for name in ("system", "context") if names[name] is not None]
+        parts = ["" if part is None else part for part in parts]
+        wrong = [part for part in parts if not isinstance(part, str)]
+        if wrong:
+            raise ValueError(f"A context is text. Received: {wrong[0]!r:.60}")
+        said = [row[name] for name in row if _plain(name) in _OTHER_NAMES["response"]]
+        prompt = {"instruction": text, "context": "\n\n".join(filter(str.strip, parts))}
+        if said and isinstance(said[0], str):
+            # `compare` shows it beside the answers.
+            prompt["response"] = said[0]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(
+            f"A prompt is text, or a record with an instruction. Received: {text!r:.80}"
+        )
+    return prompt
+
+
+def _question_of(turns) -> dict[str, str | None]:
+    """Turn a chat that ends in its one question into a prompt."""
+    roles, texts = turns_of(turns)
+    if [role for role in roles if role != "system"] != ["user"]:
+        raise ValueError(
+            f"A chat to answer has one user turn, and perhaps a system turn. Received: {roles}."
+        )
+    return {"instruction": texts[roles.index("user")], "context": _system_of(roles, texts)}
+
+
+class WrongColumnsError(ValueError):
+    """The source has no such columns: leaving rows out would leave none."""
+
+
 def _checked_rows(
-    source, split: str, columns: Mapping[str, str], *, raise_at_once: bool
+    source, split: str, columns: Mapping[str, str], unused: dict[str, None], *, raise_at_once: bool
 ) -> tuple[list[dict[str, str]], list[str]]:
-    """Read a whole source: (its records, a sentence for each malformed row)."""
+    """Read a whole source: (its records, a sentence for each malformed row).
+
+    The names of columns that no record uses are put into `unused`.
+    """
     good = []
     bad = []
     for place, row in _rows(source, split):
@@ -261,101 +376,72 @@ def _checked_rows(
             good.append(checked_record(row, columns))
         except ValueError as error:
             if raise_at_once:
-                raise ValueError(
-                    f'{place}: {error} To leave such rows out, pass on_error="skip".'
-                ) from None
+                helps = good or not isinstance(error, WrongColumnsError)
+                way_out = ' To leave such rows out, pass on_error="skip".' if helps else ""
+                raise ValueError(f"{place}: {error}{way_out}") from None
             bad.append(f"{place}: {error}")
+        else:
+            unused |= dict.fromkeys(_unused(row, columns))
     return good, bad
 
 
 def _rows(source, split: str) -> Iterator[tuple[str, object]]:
     if isinstance(source, str | Path):
         if Path(source).is_file():
-            yield from _rows_of_file(Path(source))
+            yield from rows_of_file(Path(source))
             return
         if not _names_a_data_set(source):
             raise FileNotFoundError(f"There is no file {str(source)!r} in {Path.cwd()}.")
         source = _from_hub(source, split)
-    # Like this a DataFrame is known without importing pandas.
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        source = source.astype(object).where(source.notna(), None).to_dict("records")
-    if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise TypeError(
-            "load_records reads a path, a DataFrame, a list of dicts, a datasets.Dataset or "
-            f"the name of a data set on the Hub. Received: {type(source).__name__}"
-        )
-    for number, row in enumerate(source):
+    for number, row in enumerate(_listed(source)):
         yield f"row {number}", row
+
+
+def is_frame(data) -> bool:
+    """Return whether this is a frame of pandas or polars, without importing either."""
+    return hasattr(data, "columns") and (hasattr(data, "to_dicts") or hasattr(data, "notna"))
+
+
+def _listed(source) -> Iterable:
+    """Return the rows of a frame, of columns, or of anything that has rows.
+
+    Raises TypeError if it has none.
+    """
+    if is_frame(source):
+        if hasattr(source, "to_dicts"):
+            return source.to_dicts()
+        return source.astype(object).where(source.notna(), None).to_dict("records")
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        splits = ", ".join(source)
+        raise TypeError(
+            f"This is a {type(source).__name__} with the splits {splits}. Pass one of them, "
+            f"such as data[{next(iter(source), 'train')!r}]."
+        )
+    if isinstance(source, Mapping):
+        columns = [*source.values()]
+        if columns and all(isinstance(column, list | tuple) for column in columns):
+            if len({len(column) for column in columns}) > 1:
+                lengths = {name: len(column) for name, column in source.items()}
+                raise TypeError(f"The columns differ in length: {lengths}.")
+            return [dict(zip(source, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(source, Mapping):
+        raise TypeError(
+            "Records stand in a list, also if there is only one: [record]. "
+            f"Received: {type(source).__name__}"
+        )
+    if not isinstance(source, Iterable) or isinstance(source, bytes):
+        raise TypeError(
+            "load_records reads a path, a frame, a list of dicts, a datasets.Dataset or the name "
+            f"of a data set on the Hub. Received: {type(source).__name__}"
+        )
+    return source
 
 
 def _names_a_data_set(source: str | Path) -> bool:
     """Say whether a text is like "owner/name", and not the path of a missing file."""
-    if isinstance(source, Path) or Path(source).suffix.lower() in _SUFFIXES:
+    if isinstance(source, Path) or has_rows(source):
         return False
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None
-
-
-def _rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        yield from _rows_of_csv(path)
-    elif kind == ".json":
-        yield from _rows_of_json(path)
-    elif kind in _SUFFIXES:
-        yield from _rows_of_json_lines(path)
-    else:
-        raise ValueError(
-            f"load_records reads .jsonl, .json and .csv files. Received: {str(path)!r}"
-        )
-
-
-# In all three, "utf-8-sig" is UTF-8 with or without a byte order mark, as Excel writes
-# it.
-
-
-def _rows_of_csv(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # `strict`, because otherwise a quote that is never closed swallows the rest.
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                # `DictReader` puts the fields that have no name under None.
-                if any(row.get(None, ())):
-                    row = ValueError(
-                        "more fields than the header names. Put a text with a comma in quotes."
-                    )
-                yield f"{path}, line {reader.line_num}", row
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(
-                f"{path} is not CSV in UTF-8, near line {reader.line_num}: {error}."
-            ) from None
-
-
-def _rows_of_json(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not JSON: {error}. If it has one object a line, call it .jsonl."
-        ) from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of objects. Received: {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, object {number}", row
-
-
-def _rows_of_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    # Read as bytes: only a line feed ends a line. As text, Python would also break
-    # lines at characters that JSON allows within a string.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                row = ValueError(f"not a line of JSON: {error}.")
-            yield f"{path}, line {number}", row
 
 
 # Checking one row.
@@ -364,10 +450,10 @@ def _rows_of_json_lines(path: Path) -> Iterator[tuple[str, object]]:
 def checked_record(row, columns: Mapping[str, str]) -> dict[str, str]:
     """Check one row and bring it into Dolly's four columns.
 
-    >>> checked_record({"question": "Why?", "answer": "So."}, {"category": "topic"})
+    >>> checked_record({"Question": "Why?", "answer": ""}, {})
     Traceback (most recent call last):
     ...
-    ValueError: no 'topic' among the fields ['answer', 'question'].
+    ValueError: 'answer' is empty.
 
     Args:
         row: A dict, or the ValueError that says why the row could not be read.
@@ -379,27 +465,79 @@ def checked_record(row, columns: Mapping[str, str]) -> dict[str, str]:
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
-        raise ValueError(
-            f"a record is an object with named fields. Received: {type(row).__name__}."
+        raise WrongColumnsError(
+            "a record has named fields, such as {'instruction': 'Why?', 'response': 'So.'}. "
+            f"Received: {type(row).__name__}, {row!r:.60}."
         )
     if "instruction" not in columns:
         row = _without_turns(row)
-    return {column: _checked_text(row, column, columns.get(column)) for column in COLUMNS}
+    names = _names(row, columns)
+    earlier = names.pop("history")
+    if earlier is not None and row[earlier]:
+        raise ValueError(f"{earlier!r} has earlier turns, and a record is one question.")
+    system = names.pop("system")
+    record = {
+        column: "" if name is None else _checked_text(row, name, needed=column in _REQUIRED)
+        for column, name in names.items()
+    }
+    if system is not None:
+        parts = [_checked_text(row, system, needed=False), record["context"]]
+        record["context"] = "\n\n".join(part for part in parts if part.strip())
+    return record
 
 
-def _checked_text(row: Mapping, column: str, given_name: str | None) -> str:
-    """Find a column's text under the name that was given, or one of its usual names."""
-    names = _OTHER_NAMES[column] if given_name is None else (given_name,)
-    present = [name for name in names if name in row]
-    if not present:
-        if column in _REQUIRED or given_name is not None:
-            raise ValueError(f"no {names[0]!r} among the fields {sorted(map(str, row))}.")
+def _plain(name) -> str:
+    """Return a column's name without case, blanks and underscores."""
+    return re.sub(r"[\W_]+", "", str(name)).lower()
+
+
+def _names(row: Mapping, columns: Mapping[str, str]) -> dict[str, str | None]:
+    """Find what a row calls each column, and "system" and "history"; or None."""
+    by_plain_name: dict[str, str] = {}
+    for name in row:
+        by_plain_name.setdefault(_plain(name), name)
+    found: dict[str, str | None] = {}
+    for column in COLUMNS:
+        given = columns.get(column)
+        usual = [by_plain_name[name] for name in _OTHER_NAMES[column] if name in by_plain_name]
+        found[column] = given if given is not None else next(iter(usual), None)
+        is_missing = column in _REQUIRED and found[column] is None
+        if is_missing or (given is not None and given not in row):
+            raise WrongColumnsError(
+                f"no {given or column!r} among the fields {sorted(map(str, row))}."
+                f"{_which_columns(row, given)}"
+            )
+    for column, usual_names in (("system", _SYSTEM), ("history", _EARLIER_TURNS)):
+        usual = [by_plain_name[name] for name in usual_names if name in by_plain_name]
+        found[column] = next(iter(usual), None)
+    return found
+
+
+def _which_columns(row: Mapping, given: str | None) -> str:
+    """Say how to name the columns, if the row has two that could be meant."""
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if given is not None or len(texts) < 2:
         return ""
-    name = present[0]
+    return f" Say which they are: columns={dict(zip(_REQUIRED, texts, strict=False))}."
+
+
+def _unused(row: Mapping, columns: Mapping[str, str]) -> list[str]:
+    """Return the names of a good row's fields that its record does not use."""
+    whole = _without_turns(row) if "instruction" not in columns else row
+    used = {_plain(name) for name in _names(whole, columns).values() if name is not None}
+    if whole is not row:
+        used |= {_plain(name) for name in (*_CHATS, "prompt", "completion")}
+    # A field may hold an array, whose truth is not defined.
+    filled = [name for name, value in row.items() if value is not None and str(value).strip()]
+    return [str(name) for name in filled if name is not None and _plain(name) not in used]
+
+
+def _checked_text(row: Mapping, name: str, *, needed: bool) -> str:
+    """Return the text of a field. None is an empty one."""
     text = "" if row[name] is None else row[name]
     if not isinstance(text, str):
         raise ValueError(f"{name!r} must be text. Received: {type(text).__name__}, {text!r:.60}.")
-    if not text.strip() and column in _REQUIRED:
+    if not text.strip() and needed:
         raise ValueError(f"{name!r} is empty.")
     try:
         text.encode("utf-8")
@@ -413,10 +551,12 @@ def _checked_text(row: Mapping, column: str, given_name: str | None) -> str:
 
 
 def _without_turns(row: Mapping) -> Mapping:
-    """Replace a chat under "messages" or "conversations" by the columns that it
-    fills."""
-    for name in ("messages", "conversations"):
-        if row.get(name) is not None:
+    """Replace a chat by the columns that it fills, wherever a row has one."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return {**row, **_from_turns([*prompt, *completion]), "prompt": None, "completion": None}
+    for name in row:
+        if _plain(name) in _CHATS and row[name] is not None:
             return {**row, **_from_turns(row[name])}
     return row
 
@@ -426,24 +566,54 @@ def _from_turns(turns) -> dict[str, str | None]:
 
     Longer chats do not fit Dolly's columns: they raise ValueError.
     """
+    roles, texts = turns_of(turns)
+    if [role for role in roles if role != "system"] != ["user", "assistant"]:
+        raise ValueError(f"a chat must have one user and one assistant turn. Received: {roles}.")
+    text_of = dict(zip(roles, texts, strict=True))
+    return {
+        "instruction": text_of["user"],
+        "context": _system_of(roles, texts),
+        "response": text_of["assistant"],
+    }
+
+
+def turns_of(turns) -> tuple[list[str], list[str | None]]:
+    """Take a chat apart: who speaks, and what is said.
+
+    >>> turns_of([{"from": "human", "value": "Why?"}])
+    (['user'], ['Why?'])
+
+    Args:
+        turns: Messages with role and content, or from and value; or the same as JSON.
+            Content is text, or a list of parts of type "text".
+
+    Raises:
+        ValueError: It is something else.
+    """
     try:
+        turns = json.loads(turns) if isinstance(turns, str) else turns
         said = [
             (str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
             for turn in turns
         ]
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, json.JSONDecodeError):
         raise ValueError(
             "each of a chat's messages must be an object with role and content."
         ) from None
-    roles = [_ROLES.get(role, role) for role, _ in said]
-    if [role for role in roles if role != "system"] != ["user", "assistant"]:
-        raise ValueError(
-            "a chat must have one user and one assistant turn. "
-            f"Received: {[role for role, _ in said]}."
-        )
-    text_of = dict(zip(roles, [text for _, text in said], strict=True))
-    return {
-        "instruction": text_of["user"],
-        "context": text_of.get("system"),
-        "response": text_of["assistant"],
-    }
+    return [_ROLES.get(role, role) for role, _ in said], [_said(content) for _, content in said]
+
+
+def _said(content) -> str | None:
+    """Return the text of a message, whose content may be a list of parts."""
+    if not isinstance(content, list):
+        return content
+    kinds = [part.get("type") if isinstance(part, Mapping) else type(part) for part in content]
+    if [kind for kind in kinds if kind != "text"]:
+        raise ValueError(f"of a message's parts only text can be used. Received: {kinds}.")
+    return "\n\n".join(part["text"] for part in content)
+
+
+def _system_of(roles: list[str], texts: list) -> str | None:
+    """Return what the system turns of a chat say, one below the other."""
+    said = [text for role, text in zip(roles, texts, strict=True) if role == "system"]
+    return "\n\n".join(text for text in said if text) or None

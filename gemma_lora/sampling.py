@@ -26,6 +26,7 @@ from keras_hub.samplers import Sampler
 from gemma_lora import runtime
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import one_at_a_time, state_of, template_of
+from gemma_lora.records import as_prompts
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
 
@@ -67,8 +68,9 @@ def generate(
 
     Args:
         model: A causal language model from `gl.load`.
-        prompts: An instruction, a record with `instruction` and `context`, or a list of
-            them.
+        prompts: A text; a record with `instruction` and `context`; a chat, as a list of
+            messages, of one question and perhaps a system turn; or many of these, as a
+            list, a frame or a data set.
         sampler: "greedy", "top_k" (5, as in the recipe), "top_p" (0.9), "random" or
             "beam"; or a sampler of `keras_hub.samplers` with options of your own.
         template: The template that words a prompt. "auto" takes the one the model was
@@ -88,8 +90,8 @@ def generate(
             or "beam" is asked of a Gemma 3, for which KerasHub has no beam search.
         MemoryError: The batch does not fit. The text says what would.
     """
-    single = isinstance(prompts, str | Mapping)
-    task = _task(model, [prompts] if single else prompts, template, max_new_tokens)
+    single, prompts = as_prompts(prompts)
+    task = _task(model, prompts, template, max_new_tokens)
     tokenizer = tokenizer_of(model)
     decode, seeds = _decoder(model, sampler, seed)
     weights = _weights(model)
@@ -146,7 +148,10 @@ def stream(
             time, as "beam" does, because none of them is certain before the end.
         MemoryError: The answer does not fit. The text says what would.
     """
-    task = _task(model, [prompt], template, max_new_tokens)
+    single, prompts = as_prompts(prompt)
+    if not single:
+        raise ValueError(f"gl.stream answers one prompt. Received: {len(prompts)}")
+    task = _task(model, prompts, template, max_new_tokens)
     tokens = _streamed_tokens(model, sampler, seed, task)
     yield from _whole_characters(tokens, tokenizer_of(model))
 
@@ -214,7 +219,7 @@ def _task(
 ) -> _Task:
     """Check what a caller asks for, and encode it.
 
-    Raises ValueError if a prompt is empty or not text, or an argument is not valid.
+    Raises ValueError if an argument is not valid.
     """
     tokenizer = tokenizer_of(model)
     new_tokens = max_new_tokens
@@ -232,13 +237,10 @@ def _task(
         ends.add(tokenizer.id_of(template.end))
     encoded = []
     for prompt in prompts:
-        text = prompt["instruction"] if isinstance(prompt, Mapping) else prompt
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"A prompt is text, or a record with an instruction. Received: {prompt!r}"
-            )
-        # Without a template a record has no place for its context.
-        encoded.append(tokenizer.prompt(template, text if template is None else prompt))
+        if template is None and not isinstance(prompt, str):
+            # Without a template a record has no place for its context.
+            prompt = prompt["instruction"]
+        encoded.append(tokenizer.prompt(template, prompt))
     return _Task(encoded, tuple(sorted(ends)), new_tokens)
 
 

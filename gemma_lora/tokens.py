@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from gemma_lora.models import TINY, from_preset, local_place, state_of
-from gemma_lora.records import checked_record
+from gemma_lora.records import WrongColumnsError, as_records, checked_record
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces
@@ -182,7 +182,7 @@ def encode(
     Args:
         model: The model whose vocabulary to use, or a tokenizer from `load_tokenizer`.
         records: Dicts with instruction, context and response, such as a
-            `datasets.Dataset`.
+            `datasets.Dataset`; or anything else that `load_records` reads.
         template: Name of a template, or a `Template`.
         sequence_length: Most input tokens of a row.
         loss_on: "response", or "all" to learn the prompt too, as the published recipe
@@ -203,7 +203,7 @@ def encode(
     template = get_template(template)
     end = tokenizer.id_of(template.end)
     encoded = Encoded([], tokenizer.pad_id)
-    for number, row in enumerate(records):
+    for number, row in enumerate(as_records(records)):
         record = _checked(number, row)
         prompt = tokenizer.prompt(template, record)
         response = tokenizer.encode(text_pieces(record["response"]))
@@ -235,10 +235,9 @@ def _checked(number: int, row) -> dict[str, str]:
     try:
         return checked_record(row, {})
     except ValueError as error:
-        raise ValueError(
-            f"Record {number}: {error} "
-            'gl.load_records(..., on_error="skip") leaves such records out.'
-        ) from None
+        helps = number or not isinstance(error, WrongColumnsError)
+        way_out = ' gl.load_records(..., on_error="skip") leaves such records out.'
+        raise ValueError(f"Record {number}: {error}{way_out if helps else ''}") from None
 
 
 def show_tokens(

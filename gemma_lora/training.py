@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 
 import jax
@@ -37,6 +38,7 @@ from gemma_lora.loss import (
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import Settings, one_at_a_time, recommended, state_of, template_of
 from gemma_lora.progress import LossCurve, Progress
+from gemma_lora.records import as_records
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Encoded, encode
 
@@ -69,7 +71,7 @@ def fit(
 
     Args:
         model: A model with adapters, from `enable_lora`.
-        train: Records to learn from.
+        train: Records to learn from: what `load_records` returns, or what it reads.
         validation: Records to measure the loss on after each epoch.
         template: Name of a template, or a `Template`, for prompts here and later in
             `generate`. None keeps that of an adapter trained before, or loaded.
@@ -416,8 +418,9 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
     size = {"batch_size": batch_size, "batch_tokens": settings.batch_tokens}
     encoded = encode(model, train, **options)
     data = _Data(encoded, Batches(encoded, **size, seed=seed), None, None)
-    if validation is not None and len(validation):
-        data.held_out = encode(model, validation, **options)
+    held_out = None if validation is None else [*as_records(validation)]
+    if held_out:
+        data.held_out = encode(model, held_out, **options)
         data.held_out_batches = Batches(data.held_out, **size)
     return data
 
@@ -434,10 +437,19 @@ def _settings(model, chosen: dict, batch_size: int | None, epochs: int) -> Setti
         )
     chosen["template"] = chosen["template"] or template_of(model)
     given = {name: value for name, value in chosen.items() if value is not None}
+    for name in ("learning_rate", "weight_decay"):
+        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], Real)):
+            raise ValueError(
+                f"{name} is a number, the same for the whole run, such as "
+                f"{getattr(recommended(model), name):g}. Received: {given[name]!r:.80}"
+            )
     settings = replace(recommended(model), **given)
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
-    return settings
+    # NumPy's numbers would not go into the record of the run.
+    rates = {"learning_rate": float(settings.learning_rate)}
+    rates |= {"weight_decay": float(settings.weight_decay)}
+    return replace(settings, **rates)
 
 
 def _record(data: _Data, settings: Settings, epochs: int, batch_size, loss_on, seed) -> dict:

@@ -60,7 +60,8 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
 # Story order is reading order and import order: a module imports only from those above
 # it.
 STREET = [
-    "runtime", "tables", "access.kaggle", "access.fetch", "access.gguf", "records", "templates",
+    "runtime", "tables", "access.kaggle", "access.fetch", "access.gguf", "access.files", "records",
+    "templates",
     "models", "tokens", "batches", "lora", "loss", "memory", "checks", "progress", "checkpoints",
     "training", "sampling", "evaluation", "figures", "formats.card", "formats.transformers",
     "formats.peft", "formats.gguf", "formats.adapter", "formats.upload", "exercises",

@@ -1,6 +1,7 @@
 """Records of Dolly, of the small world, and of files as learners have them."""
 
 import csv
+import gzip
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -336,7 +338,7 @@ def test_a_data_frame_of_chats_as_parquet_gives_them():
     assert load_records(pd.DataFrame({"messages": [turns]})).to_list() == [ASKED]
 
 
-@pytest.mark.parametrize("source", [{"instruction": ["Why?"], "response": ["So."]}, None, 3])
+@pytest.mark.parametrize("source", [{"instruction": "Why?", "response": "So."}, None, 3, b"x"])
 def test_other_sources_are_a_type_error(source):
     with pytest.raises(TypeError, match=f"Received: {type(source).__name__}"):
         load_records(source)
@@ -353,7 +355,7 @@ def test_a_missing_file_is_named(name, tmp_path, monkeypatch):
 
 def test_other_files_are_refused(file):
     with pytest.raises(
-        ValueError, match=r"reads \.jsonl, \.json and \.csv files\. Received: .*notes\.txt"
+        ValueError, match=r"reads \.jsonl, .* \.xlsx files.* Received: .*notes\.txt"
     ):
         load_records(file("notes.txt", "Why? So."))
 
@@ -462,8 +464,8 @@ MALFORMED = [
         '{"instruction": "Why?", "response": "So.", "context": "\\udfff"}',
         "'context' holds half a character",
     ),
-    ('["Why?", "So."]', "an object with named fields. Received: list"),
-    ("null", "an object with named fields. Received: NoneType"),
+    ('["Why?", "So."]', "a record has named fields, .* Received: list"),
+    ("null", "a record has named fields, .* Received: NoneType"),
     ('{"messages": []}', r"one user and one assistant turn. Received: \[\]"),
     ('{"messages": [{"role": "user", "content": "Why?"}]}', r"Received: \['user'\]"),
     (
@@ -556,7 +558,7 @@ def test_no_rows_are_an_error(nothing):
     ("content", "why"),
     [
         ("", "is not JSON"),
-        (b'[{"question": "Why?", "answer": "caf\xe9"}]', "is not JSON: 'utf-8' codec"),
+        (b'[{"question": "Why?", "answer": "caf\xe9"}]', "is not text in UTF-8: line 1"),
         (json_lines([ASKED, ASKED]), "is not JSON: .*call it .jsonl"),
         (json.dumps(ASKED), "must hold a list of objects. Received: dict"),
     ],
@@ -628,7 +630,9 @@ def test_a_csv_row_with_too_many_fields_is_malformed_not_cut_off(file):
     ],
 )
 def test_a_file_that_is_no_csv_in_utf_8_is_refused(file, content):
-    with pytest.raises(ValueError, match=r"rows\.csv is not CSV in UTF-8, near line \d"):
+    with pytest.raises(
+        ValueError, match=r"rows\.csv is not (text in UTF-8: line|CSV, near line) \d"
+    ):
         load_records(file("rows.csv", content), on_error="skip")
 
 
@@ -726,3 +730,138 @@ def test_a_file_takes_the_place_of_dolly(tmp_path, monkeypatch, capsys):
     assert f"Rows are read from {file}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="11 rows"):
         load_dolly(rows=20)
+
+
+# Files as people have them
+
+TWO = [ASKED, ASKED | {"instruction": "How?", "response": "Thus, and so."}]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_separators_and_encodings_are_found_out(tmp_path, separator, encoding):
+    lines = [["Question", "Answer"], *([row["instruction"], row["response"]] for row in TWO)]
+    path = tmp_path / "rows.csv"
+    with path.open("w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(lines)
+    assert load_records(path).to_list() == TWO
+
+
+def test_another_encoding_is_named_with_the_way_to_save_again(file):
+    path = file("rows.csv", "question,answer\nWhy?,schön\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"line 2 has the byte 0xf6\. Save it again as UTF-8"):
+        load_records(path, on_error="skip")
+
+
+def test_a_cell_of_any_length_is_read(file):
+    limit = csv.field_size_limit()
+    long = "word " * 30_000
+    path = file("rows.csv", f'question,answer\nWhy?,"{long}"\n')
+    assert load_records(path)["response"][0] == long
+    assert csv.field_size_limit() == limit
+
+
+def test_other_kinds_of_files(tmp_path):
+    frame = pd.DataFrame(TWO)
+    frame.to_csv(tmp_path / "x.tsv", sep="\t", index=False)
+    frame.to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "array.jsonl").write_text(json.dumps(TWO))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json_lines(TWO)))
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(frame.to_csv(index=False).encode()))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json_lines(TWO))[:-9])
+    for name in ("x.tsv", "x.parquet", "array.jsonl", "x.jsonl.gz", "x.csv.gz"):
+        assert load_records(tmp_path / name).to_list() == TWO, name
+    with pytest.raises(ValueError, match="not a whole gzip file"):
+        load_records(tmp_path / "cut.jsonl.gz")
+
+
+def test_excel_is_read_or_says_what_it_takes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pd, "read_excel", lambda path: calls.append(path) or pd.DataFrame(TWO))
+    (tmp_path / "x.xlsx").write_bytes(b"PK")
+    assert load_records(tmp_path / "x.xlsx").to_list() == TWO
+    monkeypatch.setattr(pd, "read_excel", mock.Mock(side_effect=ImportError("openpyxl")))
+    with pytest.raises(ImportError, match="pip install pandas openpyxl"):
+        load_records(tmp_path / "x.xlsx")
+
+
+# Columns as people have them
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"Question ": "Why?", "ANSWER": "So."},
+        {"inputs": "Why?", "targets": "So."},
+        {"Human": "Why?", "Assistant": "So."},
+        {"prompt": [{"role": "user", "content": "Why?"}],
+         "completion": [{"role": "assistant", "content": "So."}]},
+        {"messages": json.dumps([{"role": "user", "content": "Why?"},
+                                 {"role": "assistant", "content": "So."}])},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]},
+                      {"role": "model", "content": "So."}]},
+    ],
+)  # fmt: skip
+def test_usual_names_in_any_case_and_chats_in_any_form(row):
+    assert load_records([row]).to_list() == [ASKED | {"instruction": "Why?", "response": "So."}]
+
+
+class Polars:
+    """What this project needs of a frame of polars."""
+
+    columns = ("Question", "Answer")
+
+    def to_dicts(self):
+        return [{"Question": "Why?", "Answer": "So."}]
+
+
+@pytest.mark.parametrize("source", [Polars(), {"question": ["Why?"], "answer": ["So."]}])
+def test_frames_of_polars_and_dicts_of_lists(source):
+    assert load_records(source).to_list() == [ASKED | {"instruction": "Why?", "response": "So."}]
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "System Prompt"])
+def test_a_system_prompt_begins_the_context(name):
+    row = {name: "In French.", "instruction": "Hello?", "output": "Bonjour."}
+    assert load_records([row])[0]["context"] == "In French."
+    assert load_records([row | {"input": "A text."}])[0]["context"] == "In French.\n\nA text."
+
+
+def test_all_system_turns_are_kept():
+    roles = ("system", "system", "user", "assistant")
+    turns = [{"role": role, "content": f"{i}"} for i, role in enumerate(roles)]
+    assert load_records([{"messages": turns}])[0]["context"] == "0\n\n1"
+
+
+def test_earlier_turns_are_refused():
+    row = {"instruction": "And of Italy?", "output": "Rome.", "history": [["Of France?", "Paris."]]}
+    with pytest.raises(ValueError, match=r"row 0: 'history' has earlier turns.*on_error"):
+        load_records([row])
+    assert load_records([row | {"history": []}])[0]["response"] == "Rome."
+
+
+def test_columns_that_are_not_used_are_named_once():
+    rows = [{"question": "Why?", "answer": "So.", "id": i, "source": "x"} for i in (1, 2)]
+    with pytest.warns(UserWarning, match="^These columns are not used: 'id', 'source'$"):
+        load_records(rows)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([{"frage": "Warum?", "antwort": "Darum."}],
+         r"columns=\{'instruction': 'frage', 'response': 'antwort'\}\.$"),
+        ([{"text": "### Instruction: Why?"}], r"among the fields \['text'\]\.$"),
+        (["Instruction:\nWhy?"], r"has named fields.* Received: str, 'Instruction.*\.$"),
+        ([ASKED, {"instruction": "Why?"}], 'pass on_error="skip"'),
+    ],
+)  # fmt: skip
+def test_leaving_rows_out_is_advised_only_where_it_helps(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_records(source)
+
+
+def test_a_dict_of_splits_is_named():
+    data = datasets.DatasetDict(train=datasets.Dataset.from_list(TWO))
+    with pytest.raises(TypeError, match=r"DatasetDict with the splits train.*data\['train'\]"):
+        load_records(data)

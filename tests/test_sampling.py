@@ -1,8 +1,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
 import keras
 import keras_hub
 import numpy as np
+import pandas as pd
 import pytest
 from families import FAMILIES
 
@@ -306,6 +308,10 @@ def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
     [
         ({"prompts": ""}, "A prompt is text"),
         ({"prompts": [QUESTION, None]}, "A prompt is text"),
+        ({"prompts": {"frage": QUESTION}}, "no 'instruction' among the fields"),
+        ({"prompts": {"instruction": QUESTION, "context": 5}}, "A context is text"),
+        ({"prompts": [{"role": "user", "content": "a"}] * 2}, "has one user turn"),
+        ({"prompts": {"instruction": QUESTION, "history": [["a", "b"]]}}, "earlier turns"),
         ({"prompts": QUESTION, "sampler": "greddy"}, "greedy, top_k"),
         ({"prompts": QUESTION, "template": "alpaca"}, "recipe, turns"),
         ({"prompts": QUESTION, "max_new_tokens": 0}, "1 or more"),
@@ -351,6 +357,53 @@ def test_a_stream_can_be_left_and_another_answer_asked_for_between(tiny):
     assert first + "".join(stream) == answer
     next(gl.stream(tiny, QUESTION, max_new_tokens=8))
     assert tiny.sampler is sampler
+
+
+# Prompts in every form
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"Question": QUESTION},
+        {"messages": [{"role": "user", "content": QUESTION}]},
+        [{"role": "user", "content": QUESTION}],
+        [{"from": "human", "value": QUESTION, "role": "user", "content": QUESTION}],
+        {"instruction": QUESTION, "response": "Paris.", "id": 3, "context": None},
+    ],
+)
+def test_a_single_prompt_in_any_form_gets_one_answer(tiny, prompt):
+    assert gl.generate(tiny, prompt, max_new_tokens=8) == gl.generate(
+        tiny, QUESTION, max_new_tokens=8
+    )
+    assert "".join(gl.stream(tiny, prompt, max_new_tokens=8)) == gl.generate(
+        tiny, QUESTION, max_new_tokens=8
+    )
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda rows: pd.DataFrame(rows),
+        lambda rows: datasets.Dataset.from_list(rows),
+        lambda rows: iter(rows),
+        lambda rows: tuple(row["question"] for row in rows),
+        lambda rows: {"question": [row["question"] for row in rows]},
+        lambda rows: [[{"role": "user", "content": row["question"]}] for row in rows],
+        lambda rows: pd.DataFrame(rows)["question"],
+        lambda rows: np.array([row["question"] for row in rows]),
+    ],
+)
+def test_many_prompts_in_any_form_get_an_answer_each(tiny, form):
+    rows = [{"question": QUESTION}, {"question": "Name a river."}]
+    alone = [gl.generate(tiny, row["question"], max_new_tokens=6) for row in rows]
+    assert gl.generate(tiny, form(rows), max_new_tokens=6) == alone
+
+
+def test_a_system_turn_is_the_context(tiny):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    record = {"instruction": QUESTION, "context": "Be brief."}
+    assert gl.generate(tiny, chat, max_new_tokens=8) == gl.generate(tiny, record, max_new_tokens=8)
 
 
 def test_threads_get_the_answers_that_each_would_get_alone(tiny_factory):

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -324,3 +325,52 @@ def test_any_records_and_options_train_or_say_why_not(tiny_lora, records, size, 
         return
     assert all(np.isfinite(loss) for loss in history.history["loss"])
     assert len(history.history["loss"]) == size.get("epochs", 1)
+
+
+# Records in every form
+
+
+@pytest.mark.parametrize("form", ["path", "frame", "columns", "list", "stream"])
+def test_records_in_any_form_are_learned_alike(tiny_factory, tmp_path, form):
+    rows = gl.load_tiny_world()[0].select(range(8))
+    names = {"instruction": "question", "response": "Answer"}
+    renamed = rows.rename_columns(names).select_columns(["question", "context", "Answer"])
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    forms = {
+        "path": str(tmp_path / "rows.jsonl"),
+        "frame": renamed.to_pandas(),
+        "columns": renamed.to_dict(),
+        "list": renamed.to_list(),
+        "stream": renamed.to_iterable_dataset(),
+    }
+    losses = []
+    for data in (rows, forms[form]):
+        model = tiny_factory()
+        gl.enable_lora(model)
+        history = gl.fit(model, data, validation=data, verbose=0).history
+        losses.append((history["loss"], history["val_loss"], gl.evaluate(model, data).loss))
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": keras.optimizers.schedules.CosineDecay(1e-3, 10)}, "same for the whole"),
+        (
+            {"learning_rate": "5e-5"},
+            "learning_rate is a number, .* such as 0.005. Received: '5e-5'",
+        ),
+        ({"weight_decay": None, "learning_rate": True}, "learning_rate is a number"),
+    ],
+)
+def test_a_rate_that_is_no_number_is_said(tiny_lora, options, message):
+    with pytest.raises(ValueError, match=message):
+        gl.fit(tiny_lora, gl.load_tiny_world()[0].select(range(4)), **options)
+
+
+def test_texts_are_no_records(tiny_lora):
+    with pytest.raises(
+        ValueError, match=r"Record 0: a record has named fields.*'Instruction"
+    ) as raised:
+        gl.fit(tiny_lora, ["Instruction:\nName a river.\n\nResponse:\nThe Sava."])
+    assert "skip" not in str(raised.value)
