@@ -101,9 +101,12 @@ def __getattr__(name: str):
         # This is a module itself: `gl.exercises.steps(...)`.
         return importlib.import_module("gemma_lora.exercises")
     if name not in _MODULE_OF:
-        raise AttributeError(
-            f"module 'gemma_lora' has no attribute {name!r}. It has: {', '.join(__all__)}."
-        )
+        import difflib
+
+        by_small_letters = {known.lower(): known for known in __all__}
+        similar = difflib.get_close_matches(name.lower(), by_small_letters, n=1)
+        hint = f" Did you mean {by_small_letters[similar[0]]!r}?" if similar else ""
+        raise AttributeError(f"module 'gemma_lora' has no attribute {name!r}.{hint} See dir(gl).")
     module = importlib.import_module(f"gemma_lora.{_MODULE_OF[name]}")
     value = getattr(module, name)
     # From now on Python finds the name without calling this function.
@@ -112,4 +115,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, "exercises"])

@@ -104,7 +104,7 @@ class LoraSummary(ShowsAsTable):
     rank: int
     alpha: float
     targets: tuple[str, ...]
-    seed: int
+    seed: int | None
     layers: dict[str, int]
     parameters: dict[str, int]
     base_parameters: int
@@ -172,15 +172,10 @@ def enable_lora(
     alpha = float(rank if alpha is None else alpha)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r}")
-    if state.lora is not None:
+    if adopt(model) is not None:
         _check_same_options(state.lora, rank, alpha, names, seed)
         _freeze_base(model)
         return state.lora
-    if foreign := {layer.name for layer in lora_layers(model).values()}:
-        raise ValueError(
-            f"The model has adapters on {sorted(foreign)} that gl did not make. "
-            "Load the model again."
-        )
 
     seed = runtime.default_seed if seed is None else seed
     base_parameters = model.count_params()
@@ -192,15 +187,54 @@ def enable_lora(
             # Each layer draws an A of its own.
             _add_adapter(layer, rank, alpha, seed=(1000 * seed + index) % 2**32)
     _freeze_base(model)
+    state.lora = _summary(model, rank, alpha, names, seed, base_parameters)
+    return state.lora
 
+
+def adopt(model) -> LoraSummary | None:
+    """Return what a model's adapters are; None if it has none.
+
+    Adapters that KerasHub's own `model.backbone.enable_lora(rank)` made become ours.
+
+    Raises:
+        ValueError: They have several ranks, or stand on a part of the blocks only.
+    """
+    state = state_of(model)
+    layers = lora_layers(model)
+    if state.lora is not None or not layers:
+        return state.lora
+    options = {(layer.lora_rank, float(layer.lora_alpha)) for layer in layers.values()}
+    present = {layer.name for layer in layers.values()}
+    names = tuple(name for name in target_names(model) if name in present)
+    all_of_them = {path for path, layer in linear_layers(model).items() if layer.name in names}
+    if len(options) > 1 or all_of_them != {*layers}:
+        raise ValueError(
+            f"The model has adapters that gl did not make: {len(layers)} of the "
+            f"{len(all_of_them)} layers {', '.join(names)}, with (rank, alpha) of "
+            f"{sorted(options)}. gl keeps one rank for all layers of a name. Load the model again."
+        )
+    [(rank, alpha)] = options
+    for layer in layers.values():
+        if not layer.quantization_mode:
+            layer.call = partial(_call_factored, layer)
+    adapters = sum(math.prod(weight.shape) for weight in adapter_weights(model))
+    base_parameters = model.count_params() - adapters
+    state.lora = _summary(model, rank, alpha, names, None, base_parameters)
+    # What was compiled before computed W + A B.
+    state.steps.clear()
+    state.samplers.clear()
+    return state.lora
+
+
+def _summary(model, rank, alpha, names, seed, base_parameters) -> LoraSummary:
+    """Count the adapters of each target."""
     layers = dict.fromkeys(names, 0)
     parameters = dict.fromkeys(names, 0)
     for layer in lora_layers(model).values():
         layers[layer.name] += 1
         parameters[layer.name] += math.prod(layer.lora_kernel_a.shape)
         parameters[layer.name] += math.prod(layer.lora_kernel_b.shape)
-    state.lora = LoraSummary(rank, alpha, names, seed, layers, parameters, base_parameters)
-    return state.lora
+    return LoraSummary(rank, alpha, names, seed, layers, parameters, base_parameters)
 
 
 def resolve_targets(targets, present: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ saved model stands a note, `gemma_lora.json`, with the template that it was tune
 Downloads are in `access.fetch`; adapters are in `lora`.
 """
 
+import difflib
 import json
 import re
 import threading
@@ -162,8 +163,11 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     name = str(preset)
     settings = recommended(name)
     place = local_place(name)
-    policy = keras.dtype_policies.get(dtype or settings.dtype)
-    model = from_preset(keras_hub.models.CausalLM, name, place, dtype=policy)
+    options = {"dtype": keras.dtype_policies.get(dtype or settings.dtype)}
+    if dtype is None and place is not None and _is_quantized(place):
+        # Each layer has a policy of its own, which the preset names.
+        options = {}
+    model = from_preset(keras_hub.models.CausalLM, name, place, **options)
     model.gemma_lora = State(
         preset=name, settings=settings, local=place is not None, noted=noted_template(name)
     )
@@ -172,6 +176,13 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     # Loading holds some weights twice for a while.
     return_memory()
     return model
+
+
+def _is_quantized(place: Path) -> bool:
+    """Return whether a folder holds a KerasHub preset that was quantized."""
+    config = place / "config.json"
+    # private: how Keras writes the policies of a quantized model
+    return config.is_file() and '"QuantizedDTypePolicy"' in config.read_text("utf-8")
 
 
 def _chosen_in_keras() -> str | None:
@@ -360,22 +371,52 @@ def local_place(preset: str | Path) -> Path | None:
         return place
     if place.is_dir():
         if not (place / "config.json").is_file():
-            raise ValueError(
-                f"The folder {place} holds no preset: it has no config.json. "
-                "Was it saved completely?"
-            )
+            raise ValueError(_why_no_preset(place))
         return place
     if is_gguf(place):
         raise ValueError(f"There is no file {place}.")
-    known = keras_hub.models.CausalLM.presets
-    # A name with a slash is a handle. Only its site knows whether it exists.
-    if name not in known and "/" not in name:
-        gemmas = sorted(preset for preset in known if preset.startswith("gemma"))
+    if place.is_file():
         raise ValueError(
-            f"No preset or folder is named {name!r}. There are: {TINY}, {', '.join(gemmas)}; "
-            "see keras.io/keras_hub."
+            f"{place} is a file, and gl.load takes a folder, a GGUF file or a preset's name. "
+            "A .keras file: keras.saving.load_model(...), then model.save_to_preset(folder)."
         )
-    return None
+    known = keras_hub.models.CausalLM.presets
+    if name in known or "://" in name:
+        return None
+    gemmas = sorted(preset for preset in known if preset.startswith("gemma"))
+    if "/" not in name:
+        plain = {_plain(preset): preset for preset in (TINY, *gemmas)}
+        similar = [plain[match] for match in difflib.get_close_matches(_plain(name), plain, n=2)]
+        hint = f"Did you mean {' or '.join(map(repr, similar))}? " if similar else ""
+        raise ValueError(
+            f"No preset or folder is named {name!r}. {hint}There are: {TINY}, "
+            f"{', '.join(gemmas)}; see keras.io/keras_hub."
+        )
+    site = {2: "hf", 4: "kaggle"}.get(len(name.split("/")))
+    hint = f" Online it is {site}://{name}, if it is there." if site and name[0].isalnum() else ""
+    raise ValueError(f"There is no folder {name!r}.{hint}")
+
+
+def _plain(preset: str) -> str:
+    """Return a preset's name without what is easily forgotten.
+
+    >>> _plain("gemma_2b_en"), _plain("Gemma-2B")
+    ('gemma2b', 'gemma2b')
+    """
+    return re.sub(r"_en$|[\W_]+", "", preset.lower())
+
+
+def _why_no_preset(folder: Path) -> str:
+    """Say what a folder without config.json is, and which call takes it."""
+    for file, call in (
+        ("adapter.safetensors", "gl.load_adapter(gl.load(base), folder)"),
+        ("adapter_config.json", "gl.load_adapter(gl.load(base), folder)"),
+    ):
+        if (folder / file).is_file():
+            return f"The folder {folder} holds an adapter, not a model. Load it by {call}."
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"The folder {folder} holds GGUF files. Load one: gl.load({str(ggufs[0])!r})."
+    return f"The folder {folder} holds no preset: it has no config.json. Was it saved completely?"
 
 
 def from_preset(kind: type, preset: str | Path, place: Path | None, **options):

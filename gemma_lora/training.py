@@ -24,7 +24,7 @@ import keras
 from gemma_lora import runtime
 from gemma_lora.batches import Batches
 from gemma_lora.checkpoints import Checkpoint, Checkpoints
-from gemma_lora.lora import adapter_weights, adapters_off, fingerprints
+from gemma_lora.lora import adapter_weights, adapters_off, adopt, fingerprints
 from gemma_lora.loss import (
     TrainState,
     averages,
@@ -505,6 +505,7 @@ def check_only_adapters_train(model) -> None:
     Raises:
         ValueError: There are no adapters, one is frozen, or a base weight trains.
     """
+    adopt(model)
     adapters = {weight.path for weight in adapter_weights(model)}
     if not adapters:
         raise ValueError(

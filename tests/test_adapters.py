@@ -640,3 +640,29 @@ def test_a_folder_without_adapter_and_a_model_without_adapters(random_model, tmp
         gl.load_adapter(random_model("gemma"), tmp_path)
     with pytest.raises(ValueError, match="no adapters to save"):
         gl.save_adapter(random_model("gemma"), tmp_path)
+
+
+# Adapters that KerasHub's own `enable_lora` made
+
+
+def test_stock_adapters_are_kept_like_ours(tiny_factory, tmp_path):
+    model = tiny_factory()
+    model.backbone.enable_lora(rank=3)
+    gl.fit(model, gl.load_tiny_world()[0].select(range(8)), verbose=0)
+    assert (model.gemma_lora.lora.rank, model.gemma_lora.lora.targets) == (3, ("query", "value"))
+    gl.save_adapter(model, tmp_path / "ours")
+    gl.export_peft(model, tmp_path / "peft")
+    for folder in ("ours", "peft"):
+        fresh = tiny_factory()
+        gl.load_adapter(fresh, tmp_path / folder)
+        assert np.abs(logits(fresh) - logits(model)).max() < 1e-5
+    assert gl.enable_lora(model, rank=3) is model.gemma_lora.lora
+    with pytest.raises(ValueError, match="has adapters already: rank=3"):
+        gl.enable_lora(model, rank=4)
+
+
+def test_stock_adapters_on_a_part_of_the_blocks_are_refused(tiny_factory, tmp_path):
+    model = tiny_factory()
+    model.backbone.transformer_layers[0].attention.query_dense.enable_lora(2)
+    with pytest.raises(ValueError, match="1 of the 4 layers query"):
+        gl.save_adapter(model, tmp_path)

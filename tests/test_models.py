@@ -10,6 +10,7 @@ import pytest
 
 import gemma_lora as gl
 from gemma_lora import models
+from gemma_lora.lora import linear_layers
 
 
 def test_the_small_model_is_a_real_gemma(tiny):
@@ -255,3 +256,57 @@ def test_adapters_on_all_linear_layers_have_a_learning_rate_of_their_own(tiny_fa
 )
 def test_instruction_tuned_presets_are_known_by_any_handle(name, template):
     assert gl.recommended(name).template == template
+
+
+# What is no model, and how it is found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gemma2b", "Did you mean 'gemma_2b_en'"),
+        ("gemma3-270m", r"Did you mean 'gemma3_270m'"),
+        ("google/gemma-2b", "Online it is hf://google/gemma-2b, if"),
+        ("google/gemma/keras/gemma_2b_en", "Online it is kaggle://google/gemma/keras/gemma_2b_en"),
+        ("/content/drive/MyDrive/gemma", r"There is no folder '/content/drive/MyDrive/gemma'\.$"),
+        ("./missing", r"There is no folder './missing'\.$"),
+        ("missing.gguf", "There is no file missing.gguf"),
+    ],
+)
+def test_a_wrong_name_is_told_the_right_one(name, message):
+    with pytest.raises(ValueError, match=message):
+        gl.load(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter.safetensors", "holds an adapter, not a model. Load it by gl.load_adapter"),
+        ("adapter_config.json", "holds an adapter, not a model"),
+        ("x.gguf", r"holds GGUF files. Load one: gl.load\('.*x.gguf'\)"),
+        ("README.md", "holds no preset"),
+    ],
+)
+def test_a_folder_of_something_else_is_told_its_call(tmp_path, file, message):
+    (tmp_path / file).write_text("x")
+    with pytest.raises(ValueError, match=message):
+        gl.load(tmp_path)
+
+
+def test_a_file_is_no_preset(tmp_path):
+    (tmp_path / "x.keras").write_text("x")
+    with pytest.raises(ValueError, match="is a file, and"):
+        gl.load(tmp_path / "x.keras")
+
+
+@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.full)])
+def test_a_quantized_preset_is_loaded_as_it_is(tiny_factory, tmp_path, mode):
+    model = tiny_factory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.backbone.quantize(mode)
+    model.save_to_preset(str(tmp_path))
+    again = gl.load(tmp_path)
+    assert {layer.quantization_mode for layer in linear_layers(again).values()} == {mode}
+    question = "What is the capital of France?"
+    assert gl.generate(again, question) == gl.generate(model, question)

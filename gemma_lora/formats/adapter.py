@@ -26,6 +26,7 @@ from gemma_lora.formats import peft
 from gemma_lora.formats.card import base_name, describe, model_card, write_card, write_file
 from gemma_lora.lora import (
     LoraSummary,
+    adopt,
     detach,
     enable_lora,
     fingerprints,
@@ -80,7 +81,7 @@ def save_adapter(model, folder: str | Path) -> Path:
     Raises:
         ValueError: If the model has no adapters.
     """
-    lora = state_of(model).lora
+    lora = adopt(model)
     if lora is None:
         raise ValueError(
             "The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first."

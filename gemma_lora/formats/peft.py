@@ -32,8 +32,8 @@ from safetensors.numpy import load_file, save
 
 from gemma_lora.formats.card import describe, model_card, write_card, write_file, write_json
 from gemma_lora.formats.transformers import NAMES, Exported, sizes
-from gemma_lora.lora import LoraSummary, kernel_shape, linear_layers, lora_layers
-from gemma_lora.models import NOTE, state_of
+from gemma_lora.lora import LoraSummary, adopt, kernel_shape, linear_layers, lora_layers
+from gemma_lora.models import NOTE
 
 # The base, and the record of training: PEFT's own files have no place for them.
 DESCRIPTION_FILE = NOTE
@@ -115,7 +115,7 @@ def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported
 
 def lora_to_export(model) -> LoraSummary:
     """Return what a model's adapters are. Raises ValueError if it has none."""
-    lora = state_of(model).lora
+    lora = adopt(model)
     if lora is None:
         raise ValueError(
             "The model has no adapters to export. Call gl.enable_lora(model) and gl.fit() first."
