@@ -75,7 +75,7 @@ def generate(
             "beam"; or a sampler of `keras_hub.samplers` with options of your own.
         template: The template that words a prompt. "auto" takes the one the model was
             trained with, or else the one recommended for it. None takes prompts as they
-            stand, for a base model to continue.
+            stand, tokens of turns included, for a base model to continue.
         max_new_tokens: The most tokens of an answer. None takes what is recommended for
             the model.
         seed: The same seed and prompts give the same answers. None takes the seed of

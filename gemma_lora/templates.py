@@ -16,6 +16,9 @@ _CONTROL = re.compile(
 )
 
 
+_TURN = re.compile(r"<(?:start_of_turn|end_of_turn)>")
+
+
 @dataclass(frozen=True)
 class Template:
     """How a record becomes a prompt.
@@ -98,6 +101,16 @@ def text_pieces(text: str) -> list[str]:
     ['The end is <', 'eos>.']
     """
     return _cut(text, [(0, len(text))])
+
+
+def turn_tokens_in(record: Mapping[str, str]) -> list[str]:
+    """Return the first token of a turn that is written out in a record, if any.
+
+    >>> turn_tokens_in({"instruction": "<start_of_turn>user", "response": "So."})
+    ['<start_of_turn>']
+    """
+    found = _TURN.search("\n".join(record.values()))
+    return [found[0]] if found else []
 
 
 def _cut(text: str, data: list[tuple[int, int]]) -> list[str]:

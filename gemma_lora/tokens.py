@@ -6,6 +6,7 @@ text is cut so that data cannot act as a control token is in `templates`; how ro
 a batch is in `batches`.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from gemma_lora.models import TINY, from_preset, local_place, state_of
 from gemma_lora.records import WrongColumnsError, as_records, checked_record
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
-from gemma_lora.templates import Template, get_template, text_pieces
+from gemma_lora.templates import Template, get_template, text_pieces, turn_tokens_in
 
 
 class Tokenizer:
@@ -79,10 +80,11 @@ class Tokenizer:
     def prompt(self, template: str | Template | None, record: str | Mapping[str, str]) -> list[int]:
         """Encode `<bos>` and the rendered prompt, or the bare text.
 
-        With `template=None`, `record` is a text and is encoded as it stands.
+        With `template=None`, `record` is a text and is encoded as it stands: a turn's
+        token in it is that token, as in a template.
         """
         if template is None:
-            return [self.bos_id, *self.encode(text_pieces(record))]
+            return [self.bos_id, *self.encode([record.removeprefix("<bos>")])]
         return [self.bos_id, *self.encode(get_template(template).pieces(record))]
 
 
@@ -203,8 +205,10 @@ def encode(
     template = get_template(template)
     end = tokenizer.id_of(template.end)
     encoded = Encoded([], tokenizer.pad_id)
+    with_turns = []
     for number, row in enumerate(as_records(records)):
         record = _checked(number, row)
+        with_turns += turn_tokens_in(record)
         prompt = tokenizer.prompt(template, record)
         response = tokenizer.encode(text_pieces(record["response"]))
         encoded.full_lengths.append(len(prompt) + len(response))
@@ -221,6 +225,14 @@ def encode(
         )
     if not encoded.full_lengths:
         raise ValueError("There are no records.")
+    if with_turns:
+        warnings.warn(
+            f"{len(with_turns):,} records hold tokens of turns in their text, such as "
+            f"{with_turns[0]!r}. They are read as letters, because data must not open or end a "
+            "turn. If your rows are whole prompts, take these tokens out; template='turns' puts "
+            "them in.",
+            stacklevel=2,
+        )
     if not encoded.examples:
         raise ValueError(
             f"Of {encoded.dropped:,} rows, none leaves room for a response within "

@@ -1,5 +1,7 @@
 """Records as token ids: what is learned, what is cut, what is refused."""
 
+import warnings
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,3 +182,21 @@ def test_any_text_is_encoded_within_the_length_or_refused_clearly(rows, length):
         assert sum(example.weights) == len(
             tokenizer.encode(text_pieces(records[number]["response"]))
         ) + 1 or (len(example.inputs) == length)
+
+
+CHAT = "<start_of_turn>user\nName a river.<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_without_a_template_a_prompt_is_taken_as_it_stands():
+    tokenizer = load_tokenizer()
+    as_template = tokenizer.prompt("turns", "Name a river.")
+    assert tokenizer.prompt(None, CHAT) == tokenizer.prompt(None, f"<bos>{CHAT}") == as_template
+
+
+def test_rows_that_are_whole_prompts_are_said():
+    rows = [*RECORDS, row(instruction=CHAT), row(response="The Sava.<end_of_turn>")]
+    with pytest.warns(UserWarning, match="^2 records hold tokens of turns in their text, such as"):
+        encode(load_tokenizer(), rows, template="turns")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(load_tokenizer(), RECORDS, template="turns")
