@@ -394,7 +394,7 @@ def local_place(preset: str | Path) -> Path | None:
         )
     site = {2: "hf", 4: "kaggle"}.get(len(name.split("/")))
     hint = f" Online it is {site}://{name}, if it is there." if site and name[0].isalnum() else ""
-    raise ValueError(f"There is no folder {name!r}.{hint}")
+    raise ValueError(f"There is no folder or preset {name!r}.{hint}")
 
 
 def _plain(preset: str) -> str:

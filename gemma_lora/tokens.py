@@ -225,14 +225,7 @@ def encode(
         )
     if not encoded.full_lengths:
         raise ValueError("There are no records.")
-    if with_turns:
-        warnings.warn(
-            f"{len(with_turns):,} records hold tokens of turns in their text, such as "
-            f"{with_turns[0]!r}. They are read as letters, because data must not open or end a "
-            "turn. If your rows are whole prompts, take these tokens out; template='turns' puts "
-            "them in.",
-            stacklevel=2,
-        )
+    _warn_of_turns(with_turns)
     if not encoded.examples:
         raise ValueError(
             f"Of {encoded.dropped:,} rows, none leaves room for a response within "
@@ -240,6 +233,17 @@ def encode(
             "or look at what the rows hold."
         )
     return encoded
+
+
+def _warn_of_turns(tokens: list[str]) -> None:
+    """Warn if records hold tokens of turns in their text: one of each such record."""
+    if tokens:
+        warnings.warn(
+            f"{len(tokens):,} records hold tokens of turns in their text, such as {tokens[0]!r}. "
+            "They are read as letters, because data must not open or end a turn. If your rows "
+            "are whole prompts, take these tokens out; template='turns' puts them in.",
+            stacklevel=3,
+        )
 
 
 def _checked(number: int, row) -> dict[str, str]:

@@ -268,8 +268,11 @@ def test_instruction_tuned_presets_are_known_by_any_handle(name, template):
         ("gemma3-270m", r"Did you mean 'gemma3_270m'"),
         ("google/gemma-2b", "Online it is hf://google/gemma-2b, if"),
         ("google/gemma/keras/gemma_2b_en", "Online it is kaggle://google/gemma/keras/gemma_2b_en"),
-        ("/content/drive/MyDrive/gemma", r"There is no folder '/content/drive/MyDrive/gemma'\.$"),
-        ("./missing", r"There is no folder './missing'\.$"),
+        (
+            "/content/drive/MyDrive/gemma",
+            r"There is no folder or preset '/content/drive/MyDrive/gemma'\.$",
+        ),
+        ("./missing", r"There is no folder or preset './missing'\.$"),
         ("missing.gguf", "There is no file missing.gguf"),
     ],
 )
