@@ -78,16 +78,19 @@ WAYS = [as_preset, as_preset_twice, for_transformers, as_gguf, gguf_of_a_preset]
 
 
 @pytest.fixture(scope="module", params=[OWN, "turns"], ids=["own", "turns"])
-def tuned_with(request, tiny_factory):
+def tuned_with(request, tiny_factory, tmp_path_factory):
     """A template, and a way to make models that were tuned with it."""
+    template, adapter = request.param, tmp_path_factory.mktemp("adapter")
+    model = tiny_factory()
+    gl.enable_lora(model)
+    gl.fit(model, gl.load_tiny_world()[0].select(range(4)), template=template, verbose=0)
+    gl.save_adapter(model, adapter)
 
     def make():
         model = tiny_factory()
-        gl.enable_lora(model)
-        gl.fit(model, gl.load_tiny_world()[0].select(range(4)), template=template, verbose=0)
+        gl.load_adapter(model, adapter)
         return model
 
-    template = request.param
     return template, make
 
 

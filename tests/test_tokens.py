@@ -2,6 +2,7 @@
 
 import warnings
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,3 +201,11 @@ def test_rows_that_are_whole_prompts_are_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encode(load_tokenizer(), RECORDS, template="turns")
+
+
+@pytest.mark.parametrize("form", ["to_pandas", "to_dict", "to_list", "to_iterable_dataset"])
+def test_records_in_any_form_are_encoded_alike(form):
+    rows = datasets.Dataset.from_list(RECORDS)
+    names = {"instruction": "Question", "response": "answer"}
+    renamed = getattr(rows.rename_columns(names), form)()
+    assert encode(load_tokenizer(), renamed).examples == encode(load_tokenizer(), rows).examples
