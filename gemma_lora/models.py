@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import keras_hub
@@ -161,7 +161,8 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
             network, a full disk) and what to do; `reason` says it in one word.
     """
     name = str(preset)
-    settings = recommended(name)
+    looks = _look_at(name)
+    settings = _settings_for(name, looks)
     place = local_place(name)
     options = {"dtype": keras.dtype_policies.get(dtype or settings.dtype)}
     if dtype is None and place is not None and _is_quantized(place):
@@ -169,7 +170,7 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
         options = {}
     model = from_preset(keras_hub.models.CausalLM, name, place, **options)
     model.gemma_lora = State(
-        preset=name, settings=settings, local=place is not None, noted=noted_template(name)
+        preset=name, settings=settings, local=place is not None, noted=looks.template
     )
     _save_with_note(model)
     _restore_query_scale(model)
@@ -208,15 +209,7 @@ def recommended(model) -> Settings:
     'turns'
     """
     if isinstance(model, str):
-        shape, is_tuned = _look_at(model)
-        if is_tuned is None:
-            # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
-            is_tuned = re.search(r"instruct|[-_]it([-_/.]|$)", model)
-        settings = _SETTINGS.get(_SHAPES.get(shape, Path(model).name), Settings())
-        if is_tuned:
-            settings = Settings(template="turns")
-        template = noted_template(model) or settings.template
-        return replace(settings, template=template, dtype=_chosen_in_keras() or settings.dtype)
+        return _settings_for(model, _look_at(model))
     state = state_of(model)
     wide_rate = state.settings.wide_learning_rate
     if wide_rate and state.lora and len(state.lora.targets) > 2:
@@ -224,27 +217,59 @@ def recommended(model) -> Settings:
     return state.settings
 
 
-def _look_at(preset: str) -> tuple[tuple[int, int] | None, bool | None]:
-    """Look into a folder or file for what its name may not tell.
+def _settings_for(preset: str, looks: "_Looks") -> Settings:
+    """Return the settings for a preset's name, and what its files say."""
+    is_tuned = looks.is_tuned
+    if is_tuned is None:
+        # Instruction-tuned presets: "gemma_instruct_2b_en", "gemma-2b-it", ...
+        is_tuned = re.search(r"instruct|[-_]it([-_/.]|$)", preset)
+    settings = _SETTINGS.get(_SHAPES.get(looks.shape, Path(preset).name), Settings())
+    if is_tuned:
+        settings = Settings(template="turns")
+    template = looks.template or settings.template
+    return replace(settings, template=template, dtype=_chosen_in_keras() or settings.dtype)
 
-    Returns:
-        Layers and hidden width, or None; and whether it is instruction-tuned, or None
-        where only its name may say so.
+
+class _Looks(NamedTuple):
+    """What the files of a preset say, where its name may not.
+
+    Attributes:
+        shape: Layers and hidden width, or None.
+        is_tuned: Whether it is instruction-tuned; None where only its name may say so.
+        template: What it was tuned with, by name if it is one of `TEMPLATES`; or None.
+    """
+
+    shape: tuple[int, int] | None = None
+    is_tuned: bool | None = None
+    template: str | Template | None = None
+
+
+def _look_at(preset: str) -> _Looks:
+    """Look into a folder or a GGUF file, if the preset is one.
+
+    Raises:
+        ValueError: The note of tuning cannot be read.
     """
     place = Path(preset).expanduser()
     if is_gguf(place) and place.is_file():
         file = GGUFFile(place)
         _, config = file.config()
-        return (config["num_layers"], config["hidden_dim"]), file.is_instruction_tuned()
-    if (place / "config.json").is_file():
-        config = json.loads((place / "config.json").read_text("utf-8"))
-        # The format of KerasHub, or that of Transformers.
-        config = config.get("config", config)
-        layers = config.get("num_layers", config.get("num_hidden_layers"))
-        shape = (layers, config.get("hidden_dim", config.get("hidden_size")))
-        chat_template = _chat_template(place)
-        return shape, None if chat_template is None else "<start_of_turn>" in chat_template
-    return None, None
+        shape = (config["num_layers"], config["hidden_dim"])
+        template = _noted_template(file.note(), place, "Export the model again.")
+        return _Looks(shape, file.is_instruction_tuned(), template)
+    if not (place / "config.json").is_file():
+        return _Looks()
+    config = json.loads((place / "config.json").read_text("utf-8"))
+    # The format of KerasHub, or that of Transformers.
+    config = config.get("config", config)
+    layers = config.get("num_layers", config.get("num_hidden_layers"))
+    shape = (layers, config.get("hidden_dim", config.get("hidden_size")))
+    chat_template = _chat_template(place)
+    is_tuned = None if chat_template is None else "<start_of_turn>" in chat_template
+    note = place / NOTE
+    text = note.read_text("utf-8") if note.is_file() else None
+    way_out = "Save the model again, or delete that file and pass template=... yourself."
+    return _Looks(shape, is_tuned, _noted_template(text, note, way_out))
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -257,40 +282,23 @@ def _chat_template(folder: Path) -> str | None:
     return None
 
 
-def noted_template(preset: str | Path) -> str | Template | None:
-    """Return the template that a folder or a GGUF file says it was tuned with.
-
-    It is a name where it is one of `TEMPLATES`, and None where nothing is said.
-
-    Raises:
-        ValueError: The note cannot be read.
-    """
-    place = Path(preset).expanduser()
-    if is_gguf(place) and place.is_file():
-        text = GGUFFile(place).note()
-        note = place
-    else:
-        note = place / NOTE
-        text = note.read_text("utf-8") if note.is_file() else None
+def _noted_template(text: str | None, place: Path, way_out: str) -> str | Template | None:
+    """Read a note as `note_of` writes it. Raises ValueError, with the way out."""
     if text is None:
         return None
     try:
-        said = json.loads(text)
-        run = said.get("run") or {}
-        template = said.get("template") or run.get("template")
-        return None if template is None else named(Template(**template))
-    except (AttributeError, TypeError, ValueError) as error:
+        return named(Template(**json.loads(text)["template"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{note} does not say the template of tuning as gemma_lora writes it: {error}. "
-            "Save the model again, or delete that file and pass template=... yourself."
+            f"{place} does not say the template of tuning as gemma_lora writes it: {error!r}. "
+            f"{way_out}"
         ) from None
 
 
 def note_of(model) -> str | None:
-    """Return the note to keep beside a model, as JSON; None where there is none.
+    """Return the note to keep beside a model, as JSON; None if it was never tuned.
 
-    That is the template it was tuned with, here or before it was loaded. Of a model
-    that was never tuned nothing is noted.
+    The note is the template of tuning, here or before the model was loaded.
     """
     state = state_of(model)
     if not (state.run or state.noted):

@@ -318,34 +318,26 @@ def _as_prompt(prompt) -> str | dict[str, str]:
     """Return a text as it is, else instruction and context, and a response if any."""
     if isinstance(prompt, list):
         prompt = {"messages": prompt}
-    text = prompt
-    if isinstance(prompt, Mapping):
-        row = {**prompt}
-        for name in prompt:
-            if _plain(name) in _CHATS and prompt[name] is not None:
-                row |= _question_of(prompt[name])
-        # A prompt needs no response.
-        names = _names({"response": "", **row}, {})
-        if names["history"] is not None and row[names["history"]]:
+    if not isinstance(prompt, Mapping):
+        if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"{names['history']!r} has earlier turns, and a prompt is one question."
+                f"A prompt is text, or a record with an instruction. Received: {prompt!r:.80}"
             )
-        text = row[names["instruction"]]
-        parts = [row[names[name]] for name in ("system", "context") if names[name] is not None]
-        parts = ["" if part is None else part for part in parts]
-        wrong = [part for part in parts if not isinstance(part, str)]
-        if wrong:
-            raise ValueError(f"A context is text. Received: {wrong[0]!r:.60}")
-        said = [row[name] for name in row if _plain(name) in _OTHER_NAMES["response"]]
-        prompt = {"instruction": text, "context": "\n\n".join(filter(str.strip, parts))}
-        if said and isinstance(said[0], str):
-            # `compare` shows it beside the answers.
-            prompt["response"] = said[0]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(
-            f"A prompt is text, or a record with an instruction. Received: {text!r:.80}"
-        )
-    return prompt
+        return prompt
+    row = {}
+    responses = []
+    for name, value in prompt.items():
+        if _plain(name) in _CHATS and value is not None:
+            row |= _question_of(value)
+        elif _plain(name) in _OTHER_NAMES["response"]:
+            responses += [value] if isinstance(value, str) and value.strip() else []
+        else:
+            row[name] = value
+    # A prompt needs no response, and a record does.
+    record = checked_record({**row, "response": "."}, {})
+    question = {name: record[name] for name in ("instruction", "context")}
+    # `compare` shows a response beside the answers.
+    return question | ({"response": responses[0]} if responses else {})
 
 
 def _question_of(turns) -> dict[str, str | None]:
@@ -397,7 +389,7 @@ def _rows(source, split: str) -> Iterator[tuple[str, object]]:
         yield f"row {number}", row
 
 
-def is_frame(data) -> bool:
+def _is_frame(data) -> bool:
     """Return whether this is a frame of pandas or polars, without importing either."""
     return hasattr(data, "columns") and (hasattr(data, "to_dicts") or hasattr(data, "notna"))
 
@@ -407,7 +399,7 @@ def _listed(source) -> Iterable:
 
     Raises TypeError if it has none.
     """
-    if is_frame(source):
+    if _is_frame(source):
         if hasattr(source, "to_dicts"):
             return source.to_dicts()
         return source.astype(object).where(source.notna(), None).to_dict("records")

@@ -160,3 +160,13 @@ def test_every_public_parameter_has_a_type():
                 if parameter.name != "model" and parameter.annotation is inspect.Parameter.empty:
                     missing.append(f"{name}({parameter.name})")
     assert missing == []
+
+
+def test_completion_shows_the_public_names_and_nothing_else():
+    assert dir(gl) == sorted([*gl.__all__, "exercises"])
+
+
+@pytest.mark.parametrize(("name", "meant"), [("enable_Lora", "enable_lora"), ("table", "Table")])
+def test_a_name_that_is_almost_right_is_told_the_right_one(name, meant):
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'. Did you mean '{meant}'"):
+        getattr(gl, name)

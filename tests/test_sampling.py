@@ -309,7 +309,7 @@ def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
         ({"prompts": ""}, "A prompt is text"),
         ({"prompts": [QUESTION, None]}, "A prompt is text"),
         ({"prompts": {"frage": QUESTION}}, "no 'instruction' among the fields"),
-        ({"prompts": {"instruction": QUESTION, "context": 5}}, "A context is text"),
+        ({"prompts": {"instruction": QUESTION, "context": 5}}, "'context' must be text"),
         ({"prompts": [{"role": "user", "content": "a"}] * 2}, "has one user turn"),
         ({"prompts": {"instruction": QUESTION, "history": [["a", "b"]]}}, "earlier turns"),
         ({"prompts": QUESTION, "sampler": "greddy"}, "greedy, top_k"),
