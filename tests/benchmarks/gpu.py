@@ -84,6 +84,8 @@ SHRUNK = {
 
 # Rows, tokens a row, and steps of one timed round: short steps need more of them.
 SHAPES = ((1, 256, 40), (4, 512, 12), (8, 1024, 6))
+# One long row, where a block's activations are most of the memory.
+LONG = ((1, 8192, 3),)
 SHRUNK_SHAPES = ((1, 64, 4), (2, 96, 3), (2, 128, 3))
 ROUNDS = 3
 PROMPTS = (1, 64)
@@ -106,6 +108,11 @@ class Session:
     def shapes(self) -> tuple:
         """Return the shapes to train on, smallest first: a memory peak only rises."""
         return SHRUNK_SHAPES if self.tiny else SHAPES
+
+    @property
+    def long(self) -> tuple:
+        """Return the shape of one long row."""
+        return ((1, 256, 3),) if self.tiny else LONG
 
     @property
     def new_tokens(self) -> int:
@@ -261,6 +268,21 @@ def plain_attention() -> None:
     # private: Keras's switch for flash attention does not reach KerasHub's Gemma.
     CachedGemmaAttention._use_fused_attention_op = never
     CachedGemma3Attention._use_fused_attention_op = never
+
+
+def compute_blocks_twice() -> None:
+    """Have each block keep only its input, and compute the rest again going backward."""
+    import jax
+    from keras_hub.src.models.gemma.gemma_decoder_block import GemmaDecoderBlock
+
+    plain = GemmaDecoderBlock.call
+
+    def call(block, x, padding_mask=None, **options):
+        if options:
+            return plain(block, x, padding_mask=padding_mask, **options)
+        return jax.checkpoint(lambda x, mask: plain(block, x, padding_mask=mask))(x, padding_mask)
+
+    GemmaDecoderBlock.call = call
 
 
 def vocabulary_proto(size: int) -> bytes:
@@ -431,9 +453,12 @@ def train_ours(
     targets: str = "query_value",
     quantize: str | None = None,
     answer: tuple[int, ...] = (),
+    remat: bool = False,
 ) -> None:
     """Build one model, and measure its steps and, with `answer`, its answers."""
     gl = start_keras(ours=True)
+    if remat:
+        compute_blocks_twice()
     shape = session.geometry(name)
     start = time.monotonic()
     model = random_gemma(name, dtype, shape)
@@ -442,6 +467,8 @@ def train_ours(
     gl.enable_lora(model, rank=4, targets=targets)
     labels = {"library": "gl", "model": name, "dtype": dtype, "targets": targets}
     labels["base"] = quantize or dtype
+    if remat:
+        labels["remat"] = True
     session.emit(
         "built",
         **labels,
@@ -516,8 +543,8 @@ def fit_stock(model, shape: dict, length: int, steps: int) -> dict:
 # Transformers and PEFT
 
 
-def train_theirs(session: Session) -> None:
-    """Measure Transformers + PEFT in bfloat16: training steps, then answers."""
+def train_theirs(session: Session, *, steps: bool = True) -> None:
+    """Measure Transformers + PEFT in bfloat16: training steps, if asked, then answers."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, GemmaConfig
@@ -554,10 +581,10 @@ def train_theirs(session: Session) -> None:
         device=str(next(model.parameters()).device),
         attention=base.config._attn_implementation,
     )
-    for rows, length, steps in session.shapes:
+    for rows, length, count in session.shapes if steps else ():
         session.measure(
             "train",
-            lambda r=rows, n=length, s=steps: fit_theirs(model, shape, r, n, s),
+            lambda r=rows, n=length, s=count: fit_theirs(model, shape, r, n, s),
             **labels,
             shape=[rows, length],
         )
@@ -793,38 +820,30 @@ def budgets(session: Session) -> None:
         )
 
 
-# In order of value. Above each of the later ones: its seconds on an H100, guessed before any
-# run. A step of Gemma 2B takes a minute to compile there.
+# In order of value: first what has no figure yet. A step of Gemma 2B takes a minute to
+# compile on an H100, so a part with one shape takes about as long.
 PARTS = {
-    # These four fit into six minutes; the rest of the list takes another twenty.
+    "gl_answers": lambda s: train_ours(s, "bfloat16", (), answer=PROMPTS),
+    "theirs_answers": lambda s: train_theirs(s, steps=False),
+    "gl_270m": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], name="gemma3_270m"),
+    "gl_all_linear": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], targets="all_linear"),
+    "gl_int8": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], quantize="int8"),
+    "gl_7b": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], name="gemma_7b"),
+    "gl_remat": lambda s: train_ours(s, "bfloat16", s.shapes[2:], remat=True),
+    "gl_int4": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], quantize="int4"),
+    "gl_float32": lambda s: train_ours(s, "float32", s.shapes[1:2]),
+    "gl_long_remat": lambda s: train_ours(s, "bfloat16", s.long, remat=True),
+    "gl_long": lambda s: train_ours(s, "bfloat16", s.long),
+    "gl_1x256": lambda s: train_ours(s, "bfloat16", s.shapes[:1]),
+    # Measured on 2026-11-26.
     "gl_4x512": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], answer=PROMPTS[1:]),
     "theirs_bfloat16": train_theirs,
     "stock_512": lambda s: train_stock(s, "bfloat16", (512,)),
     "gl_8x1024": lambda s: train_ours(s, "bfloat16", s.shapes[2:]),
-    # 40
     "smoke": smoke,
-    # 135
-    "gl_bfloat16": lambda s: train_ours(s, "bfloat16", s.shapes, answer=PROMPTS),
-    # 75
     "stock_float32": lambda s: train_stock(s, "float32"),
-    # 65
-    "gl_float32": lambda s: train_ours(s, "float32", s.shapes[:2]),
-    # 35
-    "gl_270m": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], name="gemma3_270m"),
-    # 90
-    "gl_one_prompt": lambda s: train_ours(s, "bfloat16", (), answer=PROMPTS[:1]),
-    # 45
-    "gl_all_linear": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], targets="all_linear"),
-    # 55
-    "gl_int8": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], quantize="int8"),
-    # 55
-    "gl_7b": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], name="gemma_7b"),
-    # 60
     "stock_bfloat16": lambda s: train_stock(s, "bfloat16"),
-    # 100
     "budgets": budgets,
-    # 55
-    "gl_int4": lambda s: train_ours(s, "bfloat16", s.shapes[1:2], quantize="int4"),
 }
 
 

@@ -2,8 +2,10 @@
 
     python tests/benchmarks/gpu_results.py gpu.jsonl [MORE.jsonl] [--out FOLDER]
 
-Later lines replace earlier ones about the same measurement, except that an error never
-replaces a result. It also prints a table, and says what was skipped or failed.
+What the card's file has already stays, unless it was measured again. Later lines replace
+earlier ones about the same measurement, except that an error never replaces a result.
+Ratios compare measurements of one day. It also prints a table, and says what was skipped
+or failed.
 """
 
 import argparse
@@ -13,13 +15,13 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 # What tells one measurement from another.
-KEYS = ("what", "library", "model", "dtype", "base", "targets", "shape", "prompts")
+KEYS = ("what", "library", "model", "dtype", "base", "targets", "shape", "prompts", "remat")
 # Lines that say how the run went, not what it found.
 ABOUT_THE_RUN = ("start", "end", "part", "device", "memory fraction")
 RATES = {"train": "real_tokens_per_second", "answer": "new_tokens_per_second"}
 PEERS = ("transformers + peft", "stock")
 # Where these are equal, two libraries did the same work.
-WORK = ("what", "model", "shape", "prompts")
+WORK = ("what", "model", "shape", "prompts", "date")
 
 
 def main() -> None:
@@ -32,8 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     texts = [file.read_text() for file in options.files]
     lines = [json.loads(line) for text in texts for line in text.splitlines() if line]
-    found = collect(lines)
-    path = options.out / f"gpu_{file_name(found['device'])}.json"
+    card = next(line["gpu"] for line in lines if line["what"] == "start")
+    path = options.out / f"gpu_{file_name(card.split(',')[0])}.json"
+    found = collect(earlier(path) + lines)
     path.write_text(json.dumps(found, indent=1) + "\n")
     report(found)
     print(f"\n{path}")
@@ -46,6 +49,15 @@ def file_name(device: str) -> str:
     'NVIDIA_H100'
     """
     return "_".join(re.sub(r" \d+ ?GB.*", "", device).split())
+
+
+def earlier(path: Path) -> list[dict]:
+    """Return what a file of results holds, as lines like those of a run."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    start = {"what": "start", "date": found["date"], "gpu": found["card"]}
+    return [start, found | {"what": "device"}, *found["results"], *found["parts"]]
 
 
 def collect(lines: list[dict]) -> dict:
@@ -61,6 +73,7 @@ def collect(lines: list[dict]) -> dict:
             parts[line["name"]] = line
         if line["what"] in ABOUT_THE_RUN:
             continue
+        line = {"date": about.get("date"), **line}
         key = json.dumps([line.get(name) for name in KEYS])
         if not failed(line) or failed(latest.get(key, line)):
             latest[key] = line
@@ -88,6 +101,8 @@ def ratios(results: list[dict]) -> list[dict]:
             continue
         # Peers have no quantized base and adapters on queries and values alone.
         if ours["base"] != ours["dtype"] or ours["targets"] != "query_value":
+            continue
+        if ours.get("remat"):
             continue
         for peer in results:
             if comparable(ours, peer):
