@@ -51,9 +51,10 @@ test-newest:  ## the tests of `make test` on the newest versions, without the lo
 test-browser: .venv/.browser  ## run the notebooks in JupyterLab and Chromium, and photograph them, light and dark
 	$(BIN)/python tests/browser.py
 
-lint: .venv/.dev  ## style of code and notebooks, and no token in any of them
+lint: .venv/.dev  ## style of code and notebooks, types that users see, and no token in any of them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy tests/user_script.py
 	$(BIN)/python tests/find_tokens.py README.md notebooks
 
 notebooks: .venv/.peers  ## execute the notebooks and save them, and their pages under artifacts/

@@ -7,6 +7,7 @@ token attends to its own record only is done in `loss`.
 
 import numpy as np
 
+from gemma_lora.options import whole_number
 from gemma_lora.tokens import Encoded
 
 # Lengths are padded to multiples of this many tokens.
@@ -60,10 +61,9 @@ class Batches:
         batch_tokens: int = 1024,
         seed: int | None = None,
     ):
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size counts rows, 1 or more. Received: {batch_size!r}")
-        if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"batch_tokens counts tokens, 1 or more. Received: {batch_tokens!r}")
+        batch_tokens = whole_number("batch_tokens", batch_tokens)
+        if batch_size is not None:
+            batch_size = whole_number("batch_size", batch_size)
         self._encoded = encoded
         self._seed = seed
         lengths = encoded.lengths.tolist()
@@ -117,6 +117,11 @@ class Batches:
         examples = self._encoded.examples
         sizes = np.array([sum(e.weights) if learned else len(e.inputs) for e in examples])
         return np.array([sum(sizes[row].sum() for row in rows) for rows in self._order])
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """The batches of a whole epoch."""
+        return len(self._order)
 
     def __len__(self) -> int:
         """Count the batches from `first` to the end of the epoch."""

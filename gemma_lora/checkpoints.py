@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from gemma_lora.loss import TrainState
+from gemma_lora.options import whole_number
 
 # If the newest file is damaged, there is the one before.
 _FILES_KEPT = 2
@@ -56,19 +57,23 @@ class Checkpoints:
             are refused.
         start: The state that the run begins with.
         every: Steps from one checkpoint to the next.
+        earlier: Epochs that the adapters were trained for before this run began. After
+            `newest`, the attribute says what the run's first process said.
 
     Raises:
         ValueError: `every` is not a positive whole number.
     """
 
-    def __init__(self, folder: str | Path, run: dict, start: TrainState, *, every: int):
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"checkpoint_every counts steps, 1 or more. Received: {every!r}")
+    def __init__(
+        self, folder: str | Path, run: dict, start: TrainState, *, every: int, earlier: float = 0
+    ):
+        every = whole_number("checkpoint_every", every)
         self.folder = Path(folder).expanduser()
         self.every = every
         # Through JSON and back, so that it compares equal with what a file holds.
         self._run = json.loads(json.dumps({"format": _FORMAT, **run}))
         self._start = start
+        self.earlier = earlier
         self._first_adapters = _digest(start.adapters)
 
     def newest(self) -> Checkpoint | None:
@@ -100,6 +105,7 @@ class Checkpoints:
         state = self._as_state(arrays)
         self._warn_if_adapters_are_replaced(about["first adapters"], state.adapters)
         self._first_adapters = about["first adapters"]
+        self.earlier = about.get("earlier epochs", 0)
         print(f"Going on from {self.folder}: epoch {about['epoch'] + 1}, step {about['step'] + 1}.")
         return Checkpoint(about["epoch"], about["step"], about["history"], about["curve"], state)
 
@@ -124,6 +130,7 @@ class Checkpoints:
         about = {
             "run": self._run,
             "first adapters": self._first_adapters,
+            "earlier epochs": self.earlier,
             "epoch": checkpoint.epoch,
             "step": checkpoint.step,
             "history": checkpoint.history,

@@ -21,16 +21,20 @@ import huggingface_hub
 import jax
 import kagglehub
 import keras
+import keras_hub
 import psutil
 
 from gemma_lora.access.fetch import AccessError, Source, access_error
 from gemma_lora.access.kaggle import THREE_WAYS, hide, in_background, share_colab_secrets, whose
 from gemma_lora.memory import GIB, memory_budget
-from gemma_lora.models import TINY, local_place
+from gemma_lora.models import TINY, TINY_FOLDER, local_place
 from gemma_lora.records import DOLLY
 from gemma_lora.tables import ShowsAsTable, Table
 
 _PACKAGES = ("keras", "keras-hub", "jax", "kagglehub", "datasets")
+
+# What KerasHub may need to read text. On Windows there is no tensorflow-text.
+_TENSORFLOW = "tensorflow" if sys.platform == "win32" else "tensorflow tensorflow-text"
 
 # The network has that long in all.
 _SECONDS = 12
@@ -103,7 +107,7 @@ def check(preset: str | Path = "gemma_2b_en") -> Check:
     local = place is not None
     source = Source(name)
     deadline = time.monotonic() + _SECONDS
-    asked = [in_background(lambda: {"packages": _packages()})]
+    asked = [in_background(lambda: {"packages": _packages(name)})]
     if not local:
         asked.append(in_background(lambda: _site(source)))
     if name != TINY:
@@ -136,9 +140,11 @@ def check(preset: str | Path = "gemma_2b_en") -> Check:
 # This machine
 
 
-def _packages() -> Answer:
+def _packages(preset: str) -> Answer:
     """See whether the installed versions go together, by pip's own check."""
     problems = {}
+    if problem := _tokenizing_problem(preset):
+        problems[f"KerasHub cannot read text here: {problem:.200}"] = _TENSORFLOW
     output = _pip_check()
     names = "|".join(("gemma-lora", "keras-nlp", *_PACKAGES))
     for line in output.splitlines():
@@ -156,6 +162,27 @@ def _packages() -> Answer:
         packages = " ".join(dict.fromkeys(problems.values()))
         return Answer(False, "; ".join(problems), f"pip install {packages}, then restart.")
     return Answer(True, ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+
+
+def _tokenizing_problem(preset: str) -> str | None:
+    """Return why KerasHub cannot turn text into tokens here; None if it can.
+
+    Some of its releases need TensorFlow or tensorflow-text for that, and on Windows it
+    brings neither along.
+    """
+    kind = keras_hub.models.GemmaCausalLMPreprocessor
+    tokenizer_kind = keras_hub.models.GemmaTokenizer
+    options: tuple[dict, dict] = ({}, {})
+    if re.search(r"gemma-?_?3", preset.lower()):
+        kind = keras_hub.models.Gemma3CausalLMPreprocessor
+        tokenizer_kind = keras_hub.models.Gemma3Tokenizer
+        options = ({"has_vision_tokens": False}, {"image_converter": None})
+    proto = (TINY_FOLDER / "assets/tokenizer/vocabulary.spm").read_bytes()
+    try:
+        kind(tokenizer=tokenizer_kind(proto=proto, **options[0]), **options[1])
+    except (ImportError, TypeError) as error:
+        return (str(error).strip() or repr(error)).splitlines()[0]
+    return None
 
 
 def _pip_check() -> str:

@@ -7,21 +7,30 @@ batches, and `generate` in `sampling` asks the questions.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, TypeAlias
 
+import numpy as np
+from keras_hub.models import CausalLM
 from keras_hub.samplers import Sampler
 
 from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import one_at_a_time, state_of, template_of
-from gemma_lora.records import as_prompts, as_records, checked_record
-from gemma_lora.sampling import generate
+from gemma_lora.options import one_of, whole_number, with_options
+from gemma_lora.progress import counted
+from gemma_lora.records import Prompts, Records, as_prompts, as_records, checked_record
+from gemma_lora.sampling import SamplerName, answers_to, chosen_sampler, generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, text_pieces
 from gemma_lora.tokens import Encoded, encode, shift_for_next_token, tokenizer_of
 from gemma_lora.training import measure_loss
+
+# A function of an answer and its record, or the name of one.
+Judge: TypeAlias = Literal["exact", "contains", "starts"] | Callable[[str, dict[str, str]], bool]
 
 # Of a normal distribution, 95 % lie within so many standard deviations.
 _Z = 1.96
@@ -36,9 +45,10 @@ class Evaluation(ShowsAsTable):
             token.
         token_accuracy: Share of those tokens that are the most likely one.
         truncated, dropped: Records whose response was cut, or had no room at all.
-        right, asked: For each category, how many answers were right word for word, and
-            how many questions were asked. Empty if none were.
+        right, asked: For each category, how many answers were right, and how many
+            questions were asked. Empty if none were.
         answers: The answers, in the order of the records.
+        judged: What "right" means here, in words.
     """
 
     loss: float
@@ -48,6 +58,7 @@ class Evaluation(ShowsAsTable):
     right: dict[str, int] = field(default_factory=dict)
     asked: dict[str, int] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
+    judged: str = "answers right word for word"
 
     @property
     def perplexity(self) -> float:
@@ -68,7 +79,8 @@ class Evaluation(ShowsAsTable):
         chosen = categories or tuple(self.asked)
         if not chosen:
             raise ValueError(
-                "No question was asked, so there is no share. Call gl.evaluate(..., answers=True)."
+                "No question was asked, so there is no share. Call gl.evaluate(..., answers=True), "
+                'or with judge="contains".'
             )
         if unknown := set(chosen) - set(self.asked):
             raise ValueError(
@@ -119,35 +131,50 @@ class Evaluation(ShowsAsTable):
         if self.truncated or self.dropped:
             caption += f" ({self.truncated:,} records cut, {self.dropped:,} left out)"
         if rows:
-            caption += "; answers right word for word:"
+            caption += f"; {self.judged}:"
         return Table(rows, caption=caption)
 
 
+@with_options
 @one_at_a_time
 def evaluate(
-    model,
-    records: Sequence[Mapping],
+    model: CausalLM,
+    records: Records,
     *,
     answers: bool | None = None,
+    judge: Judge | None = None,
+    max_new_tokens: int | None = None,
     template: str | Template | None = None,
 ) -> Evaluation:
     """Measure the loss per token on records, and the share of right answers.
 
-    An answer is right if it is the record's response word for word.
+    >>> import gemma_lora as gl
+    >>> _, held_out = gl.load_tiny_world()
+    >>> model = gl.load("tiny_gemma_en")
+    >>> found = gl.evaluate(model, held_out.select([0]), judge="contains")
+    >>> found.judged, found.share()
+    ('answers that hold the response', 0.0)
 
     Args:
         model: With or without adapters.
         records: Held-out records.
-        answers: Whether to ask every question (greedy) and compare the answers. None
-            asks where exact answers can be expected: on the small world.
+        answers: Whether to ask every question (greedy) and judge the answers. None asks
+            where exact answers can be expected, on the small world, and where there is
+            a judge.
+        judge: When an answer is right: if it is the record's "response" word for word
+            ("exact", which None means too), "contains" it, or "starts" with it; or a
+            function of an answer and its record, which returns True or False.
+        max_new_tokens: The most tokens of an answer, as in `generate`.
         template: As in `fit`. None means the template of training, or the one
             recommended for the model.
 
     Raises:
-        ValueError: A record is invalid.
+        ValueError: A record is invalid, or there is no such judge.
+        TypeError: The judge returned something else than True or False.
         MemoryError: Memory ran out. The message names settings that should fit.
     """
     state = state_of(model)
+    judged, is_right = _judge(judge)
     if template is None:
         template = template_of(model)
     # Records are cut as in training.
@@ -156,33 +183,75 @@ def evaluate(
     rows = [*as_records(records)]
     encoded = encode(model, rows, template=template, sequence_length=length)
     loss, accuracy = _measure(model, encoded)
-
-    given = []
-    asked = Counter()
-    right = Counter()
-    if state.settings.exact_answers if answers is None else answers:
-        checked = [checked_record(row, {}) for row in rows]
-        given = generate(model, checked, template=template)
-        for record, answer in zip(checked, given, strict=True):
-            category = record["category"] or "all"
-            asked[category] += 1
-            if answer.split() == record["response"].split():
-                right[category] += 1
-    # The category with the most questions comes first.
-    categories = [name for name, _ in asked.most_common()]
-    return Evaluation(
+    measured = Evaluation(
         loss=loss,
         token_accuracy=accuracy,
         truncated=encoded.truncated,
         dropped=encoded.dropped,
+        judged=judged,
+    )
+    if answers is None:
+        answers = judge is not None or state.settings.exact_answers
+    if not answers:
+        return measured
+    checked = [checked_record(row, {}) for row in rows]
+    with counted("Questions", len(checked)) as count:
+        greedy = chosen_sampler(None)
+        given = answers_to(model, checked, greedy, template, max_new_tokens, None, count)
+    asked = Counter()
+    right = Counter()
+    for record, answer in zip(checked, given, strict=True):
+        category = record["category"] or "all"
+        asked[category] += 1
+        right[category] += is_right(answer, record)
+    # The category with the most questions comes first.
+    categories = [name for name, _ in asked.most_common()]
+    return replace(
+        measured,
         right={name: right[name] for name in categories},
         asked={name: asked[name] for name in categories},
         answers=given,
     )
 
 
+# For each: what it counts, and how, from the words of an answer and of a response.
+_JUDGES = {
+    "exact": ("answers right word for word", lambda answer, response: answer == response),
+    "contains": ("answers that hold the response", lambda answer, response: response in answer),
+    "starts": ("answers that begin with the response", str.startswith),
+}
+
+
+def _judge(judge: Judge | None) -> tuple[str, Callable[[str, dict], bool]]:
+    """Return what a judge counts, in words, and a function that says yes or no.
+
+    White space does not matter to the judges with a name.
+    """
+    if callable(judge):
+        name = getattr(judge, "__name__", type(judge).__name__)
+        return f"answers that are right by {name}", partial(_yes_or_no, judge, name)
+    judged, compare_texts = _JUDGES[one_of("judge", judge or "exact", (*_JUDGES,))]
+
+    def by_words(answer: str, record: dict) -> bool:
+        return compare_texts(*(" ".join(text.split()) for text in (answer, record["response"])))
+
+    return judged, by_words
+
+
+def _yes_or_no(judge: Callable, name: str, answer: str, record: dict) -> bool:
+    """Ask a judge of the caller's. Raises TypeError if it says neither yes nor no."""
+    said = judge(answer, record)
+    if not isinstance(said, bool | np.bool_):
+        raise TypeError(
+            f"A judge returns True or False. {name} returned {said!r:.60}. Compare a score with a "
+            "limit of yours."
+        )
+    return bool(said)
+
+
+@with_options
 @one_at_a_time
-def perplexity(model, texts: Sequence[str]) -> float:
+def perplexity(model: CausalLM, texts: str | Iterable[str]) -> float:
     """Measure the perplexity per token of plain texts, without a template.
 
     It shows what tuning costs a model of what it knew before. Each text is read from
@@ -200,6 +269,10 @@ def perplexity(model, texts: Sequence[str]) -> float:
     end = tokenizer.id_of("<eos>")
     examples = []
     for text in [texts] if isinstance(texts, str) else texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"perplexity reads plain texts; records go to gl.evaluate. Received: {text!r:.80}"
+            )
         if text.strip():
             ids = [*tokenizer.encode(text_pieces(text)), end]
             examples.append(shift_for_next_token([tokenizer.bos_id], ids[:length]))
@@ -218,14 +291,18 @@ def _measure(model, encoded: Encoded) -> tuple[float, float]:
     return logs["loss"], logs["accuracy"]
 
 
+@with_options
 @one_at_a_time
 def compare(
-    model,
-    prompts: Sequence[str | Mapping],
+    model: CausalLM,
+    prompts: Prompts,
     *,
-    sampler: str | Sampler = "greedy",
-    seed: int | None = None,
     max_new_tokens: int | None = None,
+    sampler: SamplerName | Sampler | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
 ) -> Table:
     """Ask base and tuned the same, from one loaded model, side by side.
 
@@ -233,16 +310,17 @@ def compare(
         model: A model with adapters. For the base's answers they are switched off.
         prompts: One prompt or several, as in `generate`: texts, or records. The table
             has a column with the responses, if a record has one.
-        sampler, seed, max_new_tokens: As in `generate`.
+        max_new_tokens, sampler, temperature, top_k, top_p, seed: As in `generate`.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or as in `generate`.
     """
     if not lora_layers(model):
         raise ValueError(
             "The model has no adapters, so nothing to compare. Call gl.enable_lora() and gl.fit()."
         )
     _, prompts = as_prompts(prompts)
+    sampler = chosen_sampler(sampler, temperature, top_k, top_p)
     options = {"sampler": sampler, "seed": seed, "max_new_tokens": max_new_tokens}
     tuned = generate(model, prompts, **options)
     with adapters_off(model):
@@ -259,7 +337,8 @@ def compare(
     return Table(rows, width=40)
 
 
-def distinct(texts: Sequence[str], *, n: int = 2) -> float:
+@with_options
+def distinct(texts: str | Sequence[str], *, n: int = 2) -> float:
     """Return distinct-n: the share of all n-grams of words that differ from each other.
 
     1 means that no n words follow each other twice. The lower it is, the more is said
@@ -275,8 +354,7 @@ def distinct(texts: Sequence[str], *, n: int = 2) -> float:
     Raises:
         ValueError: `n` is not a positive integer, or no text has so many words.
     """
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n counts words, 1 or more. Received: {n!r}")
+    n = whole_number("n", n)
     if isinstance(texts, str):
         texts = [texts]
     ngrams = []

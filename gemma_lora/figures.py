@@ -20,6 +20,7 @@ from gemma_lora.progress import BASE, CUT, INK, TUNED, finished, plot_losses
 
 if TYPE_CHECKING:
     import keras
+    from keras_hub.models import CausalLM
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -80,7 +81,7 @@ def plot_history(history: keras.callbacks.History) -> Figure:
     return plot_losses(curve, list(zip(ends_of_epochs, held_out_losses, strict=False)))
 
 
-def plot_lora(model, path: str | None = None) -> Figure:
+def plot_lora(model: CausalLM, path: str | None = None) -> Figure:
     """Show an adapter to scale: a frozen weight W, factors A and B, and their product.
 
     Args:

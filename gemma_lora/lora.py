@@ -16,15 +16,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 from keras import ops
+from keras_hub.models import CausalLM
 
 from gemma_lora import runtime
 from gemma_lora.models import Merge, one_at_a_time, state_of
+from gemma_lora.options import whole_number, with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 # The layers of a decoder block that can take an adapter, in the order of its
@@ -34,6 +38,7 @@ ALL_LINEAR = (*ATTENTION, "ffw_gating", "ffw_gating_2", "ffw_linear")
 
 # The usual choices, by name. Keras's own `enable_lora` takes query and value.
 TARGETS = {"query_value": ("query", "value"), "all_linear": ALL_LINEAR}
+Targets: TypeAlias = Literal["query_value", "all_linear"] | Sequence[str]
 
 # How many values of each kernel enter the fingerprint of a base.
 _SAMPLED = 256
@@ -134,12 +139,13 @@ class LoraSummary(ShowsAsTable):
         return Table(rows, caption=caption)
 
 
+@with_options
 @one_at_a_time
 def enable_lora(
-    model,
+    model: CausalLM,
     *,
     rank: int = 4,
-    targets: str | Sequence[str] = "query_value",
+    targets: Targets = "query_value",
     alpha: float | None = None,
     seed: int | None = None,
 ) -> LoraSummary:
@@ -167,17 +173,17 @@ def enable_lora(
     """
     state = state_of(model)
     names = resolve_targets(targets, target_names(model))
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"rank is a whole number, 1 or more. Received: rank={rank!r}")
-    alpha = float(rank if alpha is None else alpha)
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r}")
+    rank = whole_number("rank", rank)
+    alpha = rank if alpha is None else alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r:.80}")
+    alpha = float(alpha)
     if adopt(model) is not None:
         _check_same_options(state.lora, rank, alpha, names, seed)
         _freeze_base(model)
         return state.lora
 
-    seed = runtime.default_seed if seed is None else seed
+    seed = runtime.checked_seed(seed)
     base_parameters = model.count_params()
     # Remember who trained before, so that `detach` can restore it.
     parts = (*_parts_of(model), *model.variables)
@@ -340,7 +346,7 @@ def _call_factored(layer, inputs, training=None):
 
 
 @contextmanager
-def adapters_off(model) -> Iterator[None]:
+def adapters_off(model: CausalLM) -> Iterator[None]:
     """Within this context the model computes exactly what its base does.
 
     Every B is set to zero, and restored at the end. Nothing is compiled again.
@@ -364,8 +370,9 @@ def adapters_off(model) -> Iterator[None]:
                 variable.assign(value)
 
 
+@with_options
 @one_at_a_time
-def merge(model, *, keep: bool = False) -> None:
+def merge(model: CausalLM, *, keep: bool = False) -> None:
     """Fold the adapters into the kernels, W + (alpha / rank) A B, and take them off.
 
     An ordinary model is left: `model.save_to_preset(folder)` saves it as a KerasHub
@@ -437,8 +444,9 @@ def merged_kernel(layer) -> np.ndarray:
     return (kernel.astype("float32") + update).astype(kernel.dtype)
 
 
+@with_options
 @one_at_a_time
-def remove_adapter(model) -> None:
+def remove_adapter(model: CausalLM) -> None:
     """Take the adapters off, and undo a `merge(keep=True)`: the base as it was loaded.
 
     A model without adapters stays as it is. After a merge that kept nothing, the merged

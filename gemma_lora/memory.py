@@ -9,9 +9,8 @@ table of devices, and to advice for a run that does not fit. How a program is ru
 `loss`, `training` and `sampling`.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +22,11 @@ import psutil
 
 from gemma_lora.access.fetch import Source
 from gemma_lora.access.gguf import GGUFFile, is_gguf
-from gemma_lora.lora import ALL_LINEAR, enable_lora, resolve_targets
+from gemma_lora.access.preset import backbone_config
+from gemma_lora.lora import ALL_LINEAR, Targets, enable_lora, resolve_targets
 from gemma_lora.loss import CHUNK, frozen_values, optimizer_for, start_state, training_step
 from gemma_lora.models import TINY, local_place, recommended, state_of
+from gemma_lora.options import whole_number, with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 GIB = 2**30
@@ -162,11 +163,10 @@ def geometry_of(preset: str) -> tuple[dict, bool]:
     place = local_place(preset)
     if place and is_gguf(place):
         class_name, config = GGUFFile(place).config()
-        return geometry_of_config(config, class_name, preset)
+        return geometry_of_config(config, class_name, preset), False
     if place:
-        config = json.loads((place / "config.json").read_text())
-        class_name = config.get("class_name", "another format")
-        return geometry_of_config(config.get("config", {}), class_name, preset)
+        class_name, config, with_pictures = backbone_config(place)
+        return geometry_of_config(config, class_name, preset), with_pictures
 
     # KerasHub lists its presets with their parameters, which no two shapes share.
     parameters = _listed_parameters(preset)
@@ -191,8 +191,8 @@ def _listed_parameters(preset: str) -> int:
     return 0
 
 
-def geometry_of_config(config: dict, class_name: str, name: str) -> tuple[dict, bool]:
-    """Do as `geometry_of`, for the configuration of a KerasHub backbone.
+def geometry_of_config(config: dict, class_name: str, name: str) -> dict:
+    """Return the shape of a text part, from the configuration of a KerasHub backbone.
 
     Raises:
         ValueError: `class_name` is not that of a Gemma backbone.
@@ -206,7 +206,7 @@ def geometry_of_config(config: dict, class_name: str, name: str) -> tuple[dict, 
     }
     if class_name == "Gemma3Backbone":
         geometry |= {"image_size": None, "vision_encoder": None}
-    return geometry, config.get("vision_encoder") is not None
+    return geometry
 
 
 @dataclass(frozen=True)
@@ -559,11 +559,12 @@ class MemoryBudget(ShowsAsTable):
         return Table(self.devices(), caption=caption)
 
 
+@with_options
 def memory_budget(
     preset: str | Path | keras_hub.models.CausalLM,
     *,
     rank: int = 4,
-    targets: str | Sequence[str] = "query_value",
+    targets: Targets = "query_value",
     sequence_length: int | None = None,
     batch_size: int | None = None,
     dtype: str | None = None,
@@ -594,7 +595,8 @@ def memory_budget(
         state = state_of(preset)
         name = state.preset
         config = preset.backbone.get_config()
-        geometry, vision = geometry_of_config(config, type(preset.backbone).__name__, name)
+        geometry = geometry_of_config(config, type(preset.backbone).__name__, name)
+        vision = config.get("vision_encoder") is not None
         dtype = dtype or preset.backbone.dtype_policy.name
         if state.lora:
             rank = state.lora.rank
@@ -608,9 +610,7 @@ def memory_budget(
     sizes = {"rank": rank, "sequence_length": sequence_length, "prompts": prompts}
     if batch_size is not None:
         sizes["batch_size"] = batch_size
-    for size, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{size} is a whole number, 1 or more. Received: {size}={value!r}")
+    sizes = {size: whole_number(size, value) for size, value in sizes.items()}
     sizes.setdefault("batch_size", max(1, settings.batch_tokens // sequence_length))
     dtype = dtype or settings.dtype
     if dtype not in BYTES:

@@ -10,19 +10,25 @@ import difflib
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import keras
 import keras_hub
 
 from gemma_lora.access.fetch import fetch
 from gemma_lora.access.gguf import GGUFFile, is_gguf
+from gemma_lora.access.preset import load_preset
+from gemma_lora.options import with_options
 from gemma_lora.runtime import quiet, quiet_warnings, return_memory
+from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template, named
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TINY = "tiny_gemma_en"
 # Tokens in the small model's vocabulary. No published Gemma has so few.
@@ -99,7 +105,30 @@ class Merge:
     kernels: list[tuple] | None
 
 
-@dataclass
+class Run(ShowsAsTable, dict):
+    """The record of a training run: a dict, which shows as a table.
+
+    >>> Run(rows=1286, epochs=1, seed=0)
+    what    value
+    rows    1,286
+    epochs      1
+    seed        0
+    """
+
+    def table(self) -> Table:
+        """Return a row for each entry, without the lists of losses."""
+        shown = []
+        for name, value in self.items():
+            if isinstance(value, Template):
+                value = value.name
+            if name == "held_out_loss":
+                value = ", ".join(f"{which} {loss:.4f}" for which, loss in value.items())
+            if not isinstance(value, dict):
+                shown.append({"what": name.replace("_", " "), "value": value})
+        return Table(shown)
+
+
+@dataclass(repr=False)
 class State:
     """What the library remembers of a model, as its attribute `gemma_lora`.
 
@@ -109,9 +138,9 @@ class State:
         local: Whether the preset was a folder of this machine.
         noted: The template that it was saved with, or None.
         lora: The summary that `enable_lora` returned; None without adapters.
-        run: The record of the last training run: template, rows, settings, seed,
-            losses. `generate`, `compare` and `save_adapter` read it. None before any
-            run.
+        run: The record of the last training run, a `Run`: template, rows, settings,
+            seed, losses, and what was really done. `generate`, `compare` and
+            `save_adapter` read it. None before any run.
         trainable: Layers and weights, and whether each trained before the adapters
             came, so that `remove_adapter` can restore it. None without adapters.
         merged: The last `Merge` into the kernels, or None.
@@ -126,15 +155,48 @@ class State:
     local: bool = False
     noted: str | Template | None = None
     lora: Any = None
-    run: dict | None = None
+    run: Run | None = None
     trainable: list | None = None
     merged: Merge | None = None
     tokenizer: Any = None
     steps: dict = field(default_factory=dict)
     samplers: dict = field(default_factory=dict)
-    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
+    lock: Any = field(default_factory=threading.RLock, compare=False)
+
+    def __repr__(self) -> str:
+        """Say in a few lines what the model is and what was done to it."""
+        template = self.run["template"] if self.run else self.settings.template
+        said = [f"{self.preset}, asked with the template {get_template(template).name!r}"]
+        if self.lora:
+            targets = ", ".join(self.lora.targets)
+            said.append(f"adapters of rank {self.lora.rank} on {targets} (.lora has more)")
+        if self.run:
+            said.append(
+                f"trained on {self.run['rows']:,} records for {epochs_in_words(self.run)} "
+                "(.run has more)"
+            )
+        if self.merged:
+            said.append("an adapter is merged into its kernels")
+        return "\n".join(said)
 
 
+def epochs_in_words(run: Mapping) -> str:
+    """Return how long a run was, and the adapters' runs before it.
+
+    >>> epochs_in_words({"epochs": 1, "earlier_epochs": 2})
+    '1 epoch, after 2 epochs before'
+    """
+    earlier = run.get("earlier_epochs")
+    before = f", after {counted_epochs(earlier)} before" if earlier else ""
+    return counted_epochs(run["epochs"]) + before
+
+
+def counted_epochs(count: float) -> str:
+    """Return "1 epoch", "2 epochs" or "0.25 epochs"."""
+    return f"{count:g} epoch{'' if count == 1 else 's'}"
+
+
+@with_options
 def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.models.CausalLM:
     """Load a model and its tokenizer.
 
@@ -198,7 +260,7 @@ def _chosen_in_keras() -> str | None:
     return None
 
 
-def recommended(model) -> Settings:
+def recommended(model: keras_hub.models.CausalLM | str) -> Settings:
     """Return the settings for a model or a preset's name: one table for all helpers.
 
     >>> recommended("tiny_gemma_en").learning_rate
@@ -345,7 +407,7 @@ def state_of(model) -> State:
     return model.gemma_lora
 
 
-def one_at_a_time(function: Callable) -> Callable:
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function of a model wait until other threads are done with the model.
 
     A server such as Flask's or Gradio's calls from several threads. While JAX traces a
@@ -353,9 +415,10 @@ def one_at_a_time(function: Callable) -> Callable:
     """
 
     @wraps(function)
-    def waits(model, *args, **options):
+    def waits(*args: P.args, **options: P.kwargs) -> R:
+        model = args[0] if args else options["model"]
         with state_of(model).lock:
-            return function(model, *args, **options)
+            return function(*args, **options)
 
     return waits
 
@@ -386,7 +449,7 @@ def local_place(preset: str | Path) -> Path | None:
     if place.is_file():
         raise ValueError(
             f"{place} is a file, and gl.load takes a folder, a GGUF file or a preset's name. "
-            "A .keras file: keras.saving.load_model(...), then model.save_to_preset(folder)."
+            f"{_CALL_FOR.get(''.join(place.suffixes[-2:]), _CALL_FOR.get(place.suffix, ''))}"
         )
     known = keras_hub.models.CausalLM.presets
     if name in known or "://" in name:
@@ -403,6 +466,15 @@ def local_place(preset: str | Path) -> Path | None:
     site = {2: "hf", 4: "kaggle"}.get(len(name.split("/")))
     hint = f" Online it is {site}://{name}, if it is there." if site and name[0].isalnum() else ""
     raise ValueError(f"There is no folder or preset {name!r}.{hint}")
+
+
+# Which call takes a file that `load` does not, by the ends of its name.
+_CALL_FOR = {
+    ".keras": "Load it by keras.saving.load_model(file), then model.save_to_preset(folder).",
+    ".weights.h5": "Load its base, and gl.enable_lora as then; model.load_weights(file) reads it.",
+    ".lora.h5": "It is an adapter: gl.load_adapter(gl.load(base), file).",
+    ".safetensors": "Pass the folder that it is in; an adapter's to gl.load_adapter(model, ...).",
+}
 
 
 def _plain(preset: str) -> str:
@@ -442,10 +514,10 @@ def from_preset(kind: type, preset: str | Path, place: Path | None, **options):
     if place is None:
         # Not `quiet`: that would hold back the progress of the download.
         with quiet_warnings():
-            return fetch(str(preset), lambda source: kind.from_preset(source, **options))
+            return fetch(str(preset), lambda source: load_preset(kind, source, **options))
     with quiet():
         if not is_gguf(place):
-            return kind.from_preset(str(place), **options)
+            return load_preset(kind, str(place), **options)
         file = GGUFFile(place)
         is_model = issubclass(kind, keras_hub.models.CausalLM)
         return file.model(**options) if is_model else file.tokenizer()

@@ -1,8 +1,8 @@
 """Show a run's progress: a live plot in notebooks, a bar in terminals, lines in logs.
 
 `LossCurve` collects the training loss without making the device wait. `Progress` shows
-it. The last part draws: the colours and the finish that every figure of the package
-shares.
+it. `counted` shows how far other work is, such as questions to answer. The last part
+draws: the colours and the finish that every figure of the package shares.
 """
 
 import base64
@@ -10,7 +10,8 @@ import collections
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,6 +33,9 @@ POINTS = 20
 # Seconds from one update to the next.
 _PAUSE = {"notebook": 0.5, "terminal": 0.2, "log": 60.0}
 _BAR = "{desc} {bar:12} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+_COUNTED = "{desc} {bar:12} {n_fmt}/{total_fmt}, {remaining} left"
+# Seconds before a bar shows.
+_DELAY = 1.0
 _SHOWN_AS = {
     "loss": "loss {:.4f}",
     "accuracy": "accuracy {:.1%}",
@@ -244,6 +248,50 @@ class Progress:
             self._pages[name].update(data, raw=True)
         else:
             self._pages[name] = display(data, raw=True, display_id=True)
+
+
+@contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with how many more are done; a bar shows it meanwhile.
+
+    Work that ends within a second shows nothing. After longer work nothing is left.
+    """
+    place = _place()
+    in_terminal = place == "terminal"
+    bar = tqdm(
+        total=total,
+        desc=what,
+        bar_format=_COUNTED,
+        ascii="─━",
+        leave=False,
+        delay=_DELAY,
+        file=sys.stdout if in_terminal else io.StringIO(),
+    )
+    shown = None
+    shown_at = time.monotonic()
+
+    def count(more: int) -> None:
+        nonlocal shown, shown_at
+        bar.update(more)
+        now = time.monotonic()
+        if in_terminal or now - shown_at < max(_DELAY, _PAUSE[place]) or bar.n >= total:
+            return
+        shown_at = now
+        if place == "log":
+            print(bar, flush=True)
+            return
+        from IPython.display import display
+
+        # A page that is not live, and a test of its outputs, see the empty one.
+        shown = shown or display({}, raw=True, display_id=True)
+        shown.update({"text/plain": str(bar)}, raw=True)
+
+    try:
+        yield count
+    finally:
+        bar.close()
+        if shown is not None:
+            shown.update({}, raw=True)
 
 
 def _place() -> str:

@@ -8,15 +8,30 @@ How a file is read is in `access.files`; how a record becomes a prompt is in
 
 import json
 import os
+import random
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import datasets
 
 from gemma_lora.access.files import has_rows, rows_of_file
+from gemma_lora.options import one_of, whole_number, with_options
+from gemma_lora.runtime import checked_seed
 from gemma_lora.tiny.questions import load_tiny_world
+
+if TYPE_CHECKING:
+    # Keras is not needed to read records.
+    from keras_hub.models import CausalLM
+
+# What holds records, or names a file or a data set that does.
+Records: TypeAlias = str | Path | Iterable[Any]
+
+# A text, a record or a chat to answer; or many of these.
+Prompts: TypeAlias = str | Mapping[str, Any] | Iterable[Any]
 
 COLUMNS = ("instruction", "context", "response", "category")
 DOLLY = "databricks/databricks-dolly-15k"
@@ -59,12 +74,13 @@ _WAYS_OUT = (
 )
 
 
+@with_options
 def load_data(
-    model,
+    model: "CausalLM | str | Path",
     *,
     rows: int | None = 1000,
     held_out: int = 100,
-    context: str = "drop",
+    context: Literal["drop", "keep", "only"] = "drop",
     seed: int | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Load the records that suit a model: (train, held_out).
@@ -87,7 +103,8 @@ def load_data(
         TypeError: `model` is neither a model nor a preset.
         ValueError: `context` is unknown, or Dolly has fewer rows than you asked for.
     """
-    _check_context(context)
+    one_of("context", context, ("drop", "keep", "only"))
+    rows, held_out = _check_numbers(rows, held_out)
     if Path(_preset_of(model)).name == _SMALL_MODEL:
         return load_tiny_world()
     return load_dolly(rows=rows, held_out=held_out, context=context, seed=seed, or_tiny_world=True)
@@ -102,10 +119,11 @@ def _dolly() -> datasets.Dataset:
     return load_records(file)
 
 
+@with_options
 def load_dolly(
     *,
     rows: int | None = 1000,
-    context: str = "drop",
+    context: Literal["drop", "keep", "only"] = "drop",
     held_out: int = 0,
     seed: int | None = None,
     or_tiny_world: bool = False,
@@ -131,7 +149,8 @@ def load_dolly(
         ConnectionError: The Hub cannot be reached and nothing is cached.
         ValueError: `context` is unknown, or Dolly has fewer rows than you asked for.
     """
-    _check_context(context)
+    one_of("context", context, ("drop", "keep", "only"))
+    rows, held_out = _check_numbers(rows, held_out)
     try:
         dolly = _dolly()
     except ConnectionError as error:
@@ -145,7 +164,7 @@ def load_dolly(
             lambda text: bool(text.strip()) == (context == "only"), input_columns="context"
         )
     if seed is not None:
-        dolly = dolly.shuffle(seed=seed)
+        dolly = dolly.shuffle(seed=checked_seed(seed))
     count = dolly.num_rows - held_out if rows is None else rows
     if count < 1 or held_out < 0 or count + held_out > dolly.num_rows:
         raise ValueError(
@@ -157,19 +176,50 @@ def load_dolly(
     return dolly.select(range(count)), dolly.select(list(range(count, count + held_out)))
 
 
+@overload
 def load_records(
-    source: str | Path | Iterable,
+    source: Records,
     *,
     columns: Mapping[str, str] | None = None,
-    on_error: str = "raise",
+    held_out: None = None,
+    seed: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
     split: str = "train",
-) -> datasets.Dataset:
+) -> datasets.Dataset: ...
+
+
+@overload
+def load_records(
+    source: Records,
+    *,
+    held_out: float,
+    columns: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    split: str = "train",
+) -> tuple[datasets.Dataset, datasets.Dataset]: ...
+
+
+@with_options
+def load_records(
+    source: Records,
+    *,
+    columns: Mapping[str, str] | None = None,
+    held_out: float | None = None,
+    seed: int | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    split: str = "train",
+) -> datasets.Dataset | tuple[datasets.Dataset, datasets.Dataset]:
     """Load and check records of your own, in Dolly's four columns.
 
     A missing context or category becomes an empty text.
 
-    >>> load_records([{"question": "What is 2 + 2?", "answer": "4"}])[0]
-    {'instruction': 'What is 2 + 2?', 'context': '', 'response': '4', 'category': ''}
+    >>> rows = [{"question": f"Is {n} odd?", "answer": "Look."} for n in range(10)]
+    >>> load_records(rows)[2]
+    {'instruction': 'Is 2 odd?', 'context': '', 'response': 'Look.', 'category': ''}
+    >>> train, held_out = load_records(rows, held_out=0.2, seed=0)
+    >>> len(train), len(held_out)
+    (8, 2)
 
     Args:
         source: A path to a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` or `.xlsx`
@@ -181,24 +231,27 @@ def load_records(
             Alpaca's, prompt and completion, question and answer, or `messages` of one
             user turn and one assistant turn. A system prompt becomes the beginning of
             the context. Columns that are not used are named once, in a warning.
+        held_out: Hold some records out, drawn by the seed: how many, or below 1 which
+            share of them. Records with the same question, in any case, stay together,
+            so that no held-out question is tuned on. None holds out none.
+        seed: Draws the held-out records. None means the seed of `gl.setup`.
         on_error: "raise" at the first malformed row, or "skip" malformed rows, with a
             warning that counts them.
         split: Which split of a data set on the Hub.
 
+    Returns:
+        The records; with `held_out`, a pair: those to train on, and those held out.
+
     Raises:
         ValueError: A row is malformed (not JSON, a missing field, not text, nothing to
-            answer), and the message says which file and line. Or no row is left.
+            answer), and the message says which file and line. Or no row is left. Or
+            so many cannot be held out.
         FileNotFoundError: The file does not exist.
         ConnectionError: The Hub cannot be reached and nothing is cached.
         TypeError: `source` is something else.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error is "raise" or "skip". Received: {on_error!r}')
-    columns = columns or {}
-    if unknown := set(columns) - set(COLUMNS):
-        raise ValueError(
-            f"columns maps {', '.join(COLUMNS)} to the source's names. Received: {sorted(unknown)}"
-        )
+    one_of("on_error", on_error, ("raise", "skip"))
+    columns = _checked_columns(columns)
     unused: dict[str, None] = {}
     good, bad = _checked_rows(source, split, columns, unused, raise_at_once=on_error == "raise")
     if not good:
@@ -206,13 +259,60 @@ def load_records(
         raise ValueError(f"No usable record in {name}. {bad[0] if bad else 'It is empty.'}")
     if unused:
         names = ", ".join(map(repr, unused))
-        warnings.warn(f"These columns are not used: {names}", stacklevel=2)
+        warnings.warn(f"These columns are not used: {names}", stacklevel=3)
     if bad:
         first_three = "\n  ".join(bad[:3])
         warnings.warn(
-            f"Skipped {len(bad):,} of {len(bad) + len(good):,} rows:\n  {first_three}", stacklevel=2
+            f"Skipped {len(bad):,} of {len(bad) + len(good):,} rows:\n  {first_three}", stacklevel=3
         )
-    return datasets.Dataset.from_list(good)
+    if held_out is None:
+        return datasets.Dataset.from_list(good)
+    parts = _split(good, held_out, checked_seed(seed))
+    return tuple(datasets.Dataset.from_list(part) for part in parts)
+
+
+def _checked_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return `columns` of `load_records`. Raises ValueError if it maps other names."""
+    if columns is None:
+        return {}
+    if not isinstance(columns, Mapping) or set(columns) - set(COLUMNS):
+        received = sorted(columns, key=str) if isinstance(columns, Mapping) else columns
+        raise ValueError(
+            f"columns maps {', '.join(COLUMNS)} to the source's names, as "
+            f"{{'instruction': 'frage'}}. Received: {received!r:.80}"
+        )
+    return columns
+
+
+def _split(records: list[dict[str, str]], held_out: float, seed: int) -> tuple[list, list]:
+    """Split records into (train, held out), with equal questions on the same side.
+
+    Raises ValueError if nothing would be left on a side.
+    """
+    if isinstance(held_out, bool) or not isinstance(held_out, Real) or not held_out > 0:
+        raise ValueError(
+            "held_out is how many records to hold out, or which share of them, such as 0.1. "
+            f"Received: held_out={held_out!r:.80}"
+        )
+    wanted = round(len(records) * held_out) if held_out < 1 else whole_number("held_out", held_out)
+    # By question, the places of its records.
+    groups: dict[str, list[int]] = {}
+    for place, record in enumerate(records):
+        words = re.findall(r"\w+", f"{record['instruction']} {record['context']}".lower())
+        groups.setdefault(" ".join(words), []).append(place)
+    questions = [*groups.values()]
+    random.Random(seed).shuffle(questions)
+    chosen: set[int] = set()
+    for places in questions:
+        if len(chosen) + len(places) <= wanted:
+            chosen.update(places)
+    if not chosen or len(chosen) == len(records):
+        raise ValueError(
+            f"held_out={held_out} of {len(records):,} records with {len(groups):,} different "
+            "questions leaves nothing on one side. Choose another number."
+        )
+    train = [record for place, record in enumerate(records) if place not in chosen]
+    return train, [records[place] for place in sorted(chosen)]
 
 
 def _preset_of(model) -> str:
@@ -231,9 +331,15 @@ def _preset_of(model) -> str:
     return preset
 
 
-def _check_context(context: str) -> None:
-    if context not in ("drop", "keep", "only"):
-        raise ValueError(f'context is "drop", "keep" or "only". Received: {context!r}')
+def _check_numbers(rows: int | None, held_out: int) -> tuple[int | None, int]:
+    """Return `rows` and `held_out` of Dolly as Python's numbers. Raises ValueError."""
+    if isinstance(held_out, float) and 0 < held_out < 1:
+        raise ValueError(
+            f"Of Dolly, held_out is a number of rows. Received: held_out={held_out}. A share is "
+            "for gl.load_records(..., held_out=0.1)."
+        )
+    held_out = whole_number("held_out", held_out, least=0)
+    return None if rows is None else whole_number("rows", rows), held_out
 
 
 def _part_of_small_world(

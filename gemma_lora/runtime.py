@@ -18,13 +18,38 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
+from typing import Literal
+
+from gemma_lora.options import with_options
 
 # The seed of the last `setup`: what `seed=None` means everywhere else.
 default_seed = 0
 
 
-def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) -> None:
+def checked_seed(seed: int | None) -> int:
+    """Return a seed as Python's integer; None is the seed of `setup`.
+
+    Raises:
+        ValueError: It is no whole number from 0 to 4294967295.
+    """
+    if seed is None:
+        return default_seed
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed is a whole number from 0 to 4294967295. Received: seed={seed!r:.80}"
+        )
+    return int(seed)
+
+
+@with_options
+def setup(
+    *,
+    seed: int = 0,
+    backend: Literal["jax", "tensorflow", "torch"] = "jax",
+    memory_fraction: float = 1.0,
+) -> None:
     """Choose the backend, reserve GPU memory and set the seeds.
 
     Call it first, before anything imports Keras. You may call it again, for example
@@ -48,8 +73,10 @@ def setup(*, seed: int = 0, backend: str = "jax", memory_fraction: float = 1.0) 
         RuntimeError: Keras was already imported with another backend.
     """
     global default_seed
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is a whole number from 0 to 4294967295. Received: seed={seed!r}")
+    if seed is None:
+        # Elsewhere None means the seed that is set here.
+        raise ValueError("seed is a whole number from 0 to 4294967295. Received: seed=None")
+    seed = checked_seed(seed)
     if "keras" not in sys.modules:
         _set_environment(backend, memory_fraction)
         _keep_compiled_programs()

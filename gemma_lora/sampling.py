@@ -11,24 +11,30 @@ Here are the batches of prompts, the loop, and the cut where an answer ends. `te
 words a prompt, `tokens` encodes it, and `evaluation` judges the answers.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import keras
 import keras_hub
 import numpy as np
 from keras import ops
+from keras_hub.models import CausalLM
 from keras_hub.samplers import Sampler
 
 from gemma_lora import runtime
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import one_at_a_time, state_of, template_of
-from gemma_lora.records import as_prompts
+from gemma_lora.options import whole_number, with_options
+from gemma_lora.records import Prompts, as_prompts
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
+
+SamplerName: TypeAlias = Literal["greedy", "top_k", "top_p", "random", "beam"]
 
 _SAMPLERS = {
     "greedy": keras_hub.samplers.GreedySampler,
@@ -46,15 +52,19 @@ _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _LENGTH_STEP = 32
 
 
+@with_options
 @one_at_a_time
 def generate(
-    model,
-    prompts: str | Mapping | Sequence[str | Mapping],
+    model: CausalLM,
+    prompts: Prompts,
     *,
-    sampler: str | Sampler = "greedy",
-    template: str | Template | None = "auto",
     max_new_tokens: int | None = None,
+    sampler: SamplerName | Sampler | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
+    template: str | Template | None = "auto",
 ) -> str | list[str]:
     """Answer prompts. The answers come without the prompts.
 
@@ -71,15 +81,19 @@ def generate(
         prompts: A text; a record with `instruction` and `context`; a chat, as a list of
             messages, of one question and perhaps a system turn; or many of these, as a
             list, a frame or a data set.
+        max_new_tokens: The most tokens of an answer. None takes what is recommended for
+            the model.
         sampler: "greedy", "top_k" (5, as in the recipe), "top_p" (0.9), "random" or
-            "beam"; or a sampler of `keras_hub.samplers` with options of your own.
+            "beam"; or a sampler of `keras_hub.samplers` with options of your own. None
+            is "greedy", unless one of the next three says how to draw.
+        temperature: Logits are divided by it before a token is drawn. 0 is "greedy".
+        top_k: Draw from the k likeliest tokens only.
+        top_p: Draw from the likeliest tokens whose probabilities sum to p, only.
+        seed: The same seed and prompts give the same answers. None takes the seed of
+            `gl.setup`.
         template: The template that words a prompt. "auto" takes the one the model was
             trained with, or else the one recommended for it. None takes prompts as they
             stand, tokens of turns included, for a base model to continue.
-        max_new_tokens: The most tokens of an answer. None takes what is recommended for
-            the model.
-        seed: The same seed and prompts give the same answers. None takes the seed of
-            `gl.setup`.
 
     Returns:
         One answer if `prompts` is a single prompt, else a list of answers in the order
@@ -91,6 +105,21 @@ def generate(
         MemoryError: The batch does not fit. The text says what would.
     """
     single, prompts = as_prompts(prompts)
+    sampler = chosen_sampler(sampler, temperature, top_k, top_p)
+    answers = answers_to(model, prompts, sampler, template, max_new_tokens, seed)
+    return answers[0] if single else answers
+
+
+def answers_to(
+    model,
+    prompts: Sequence[str | Mapping],
+    sampler: Sampler,
+    template: str | Template | None,
+    max_new_tokens: int | None,
+    seed: int | None,
+    count: Callable[[int], None] = lambda more: None,
+) -> list[str]:
+    """Answer many prompts, as `generate` does, and tell `count` each batch's size."""
     task = _task(model, prompts, template, max_new_tokens)
     tokenizer = tokenizer_of(model)
     decode, seeds = _decoder(model, sampler, seed)
@@ -113,17 +142,22 @@ def generate(
         for row, i in enumerate(batch):
             answer = tokens[row, begin:limit].tolist()
             answers[i] = tokenizer.decode(_until_end(answer, task.ends)).strip()
-    return answers[0] if single else answers
+        count(len(batch))
+    return answers
 
 
+@with_options
 def stream(
-    model,
-    prompt: str | Mapping,
+    model: CausalLM,
+    prompt: Prompts,
     *,
-    sampler: str | Sampler = "greedy",
-    template: str | Template | None = "auto",
     max_new_tokens: int | None = None,
+    sampler: SamplerName | Sampler | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
+    template: str | Template | None = "auto",
 ) -> Iterator[str]:
     """Answer one prompt, and yield the text in pieces as its tokens come.
 
@@ -136,8 +170,9 @@ def stream(
     True
 
     Args:
-        model, prompt, sampler, template, max_new_tokens, seed: As for `generate`, but
-            `prompt` is a single one.
+        model, max_new_tokens, sampler, temperature, top_k, top_p, seed, template: As
+            for `generate`.
+        prompt: As for `generate`, but a single one.
 
     Yields:
         Text that continues the pieces before it. A piece holds whole characters only: a
@@ -152,13 +187,12 @@ def stream(
     if not single:
         raise ValueError(f"gl.stream answers one prompt. Received: {len(prompts)}")
     task = _task(model, prompts, template, max_new_tokens)
+    sampler = chosen_sampler(sampler, temperature, top_k, top_p)
     tokens = _streamed_tokens(model, sampler, seed, task)
     yield from _whole_characters(tokens, tokenizer_of(model))
 
 
-def _streamed_tokens(
-    model, sampler: str | Sampler, seed: int | None, task: "_Task"
-) -> Iterator[int]:
+def _streamed_tokens(model, sampler: Sampler, seed: int | None, task: "_Task") -> Iterator[int]:
     """Yield the tokens of one answer, each as soon as it is drawn."""
     decode, seeds = _decoder(model, sampler, seed, one_answer=True)
     weights = _weights(model)
@@ -225,10 +259,7 @@ def _task(
     new_tokens = max_new_tokens
     if new_tokens is None:
         new_tokens = state_of(model).settings.max_new_tokens
-    if not isinstance(new_tokens, int) or new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens is a whole number, 1 or more. Received: {max_new_tokens!r}"
-        )
+    new_tokens = whole_number("max_new_tokens", new_tokens)
     if template == "auto":
         template = template_of(model)
     ends = {tokenizer.id_of("<eos>")}
@@ -504,7 +535,7 @@ def _has_own_loop(sampler: Sampler) -> bool:
 
 
 def _decoder(
-    model, sampler: str | Sampler, seed: int | None, *, one_answer: bool = False
+    model, sampler: Sampler, seed: int | None, *, one_answer: bool = False
 ) -> tuple[Callable, list[np.ndarray]]:
     """Return the compiled loop for a model and a sampler, and the loop's first seeds.
 
@@ -513,7 +544,7 @@ def _decoder(
     Raises ValueError if the sampler cannot answer here: beam search with Gemma 3, or a
     loop of its own where `one_answer` is to be drawn token by token.
     """
-    sampler, key = named_sampler(sampler)
+    key = _key(sampler)
     name = type(sampler).__name__
     if one_answer and _has_own_loop(sampler):
         raise ValueError(
@@ -525,12 +556,17 @@ def _decoder(
         raise ValueError(
             "KerasHub has no beam search with Gemma 3. Choose sampler='greedy', 'top_k' or 'top_p'."
         )
+    vocabulary = model.backbone.vocabulary_size
+    if (getattr(sampler, "k", None) or 1) > vocabulary:
+        raise ValueError(
+            f"top_k is at most {vocabulary:,}, the size of the vocabulary. Received: {sampler.k:,}"
+        )
     compiled = state_of(model).samplers
     if key not in compiled:
         compiled[key] = _compiled(model, sampler)
-    first = runtime.default_seed if seed is None else seed
+    first = runtime.checked_seed(seed)
     # private: the state of a Keras SeedGenerator is its seed and a count of draws.
-    return compiled[key], [np.array([first % 2**32, 0], "uint32") for _ in sampler.variables]
+    return compiled[key], [np.array([first, 0], "uint32") for _ in sampler.variables]
 
 
 def _compiled(model, sampler: Sampler) -> Callable:
@@ -614,19 +650,81 @@ def _weights(model) -> list[jax.Array]:
     return [weight.value for weight in model.weights]
 
 
-def named_sampler(sampler: str | Sampler) -> tuple[Sampler, tuple]:
-    """Return a sampler, and a key that equal samplers share whatever their seed.
+def chosen_sampler(
+    sampler: str | Sampler | None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Sampler:
+    """Return the sampler of KerasHub that a caller asks for.
 
-    Raises ValueError if no sampler has that name.
+    >>> type(chosen_sampler(None, temperature=0.7, top_p=0.9)).__name__
+    'TopPSampler'
+
+    Raises:
+        ValueError: No sampler has that name, an option is invalid, or the sampler does
+            not take it.
     """
-    if isinstance(sampler, str):
-        if sampler not in _SAMPLERS:
-            raise ValueError(f"No sampler is named {sampler!r}. There are: {', '.join(_SAMPLERS)}.")
-        sampler = _SAMPLERS[sampler]()
+    options = _drawing_options(temperature, top_k, top_p)
+    if isinstance(sampler, Sampler):
+        if options:
+            raise ValueError(
+                f"{type(sampler).__name__} has options of its own. Give it {', '.join(options)} "
+                "where you make it, or pass no sampler."
+            )
+        return sampler
+    greedy = options.get("temperature") == 0
+    if sampler is None:
+        sampler = _fitting_sampler(options, greedy)
+        options = {} if greedy else options
+    if not isinstance(sampler, str) or sampler not in _SAMPLERS:
+        raise ValueError(
+            f"No sampler is named {sampler!r:.80}. There are: {', '.join(_SAMPLERS)}; or pass one "
+            "of keras_hub.samplers."
+        )
+    taken = {"random": ("temperature",), "top_k": ("temperature", "k")}
+    taken["top_p"] = ("temperature", "k", "p")
+    if unfit := [name for name in options if name not in taken.get(sampler, ())]:
+        name = {"k": "top_k", "p": "top_p"}.get(unfit[0], unfit[0])
+        fitting = [which for which, names in taken.items() if unfit[0] in names]
+        raise ValueError(
+            f"sampler={sampler!r} takes no {name}. These do: {', '.join(fitting)}; or leave the "
+            "sampler out."
+        )
+    if greedy:
+        raise ValueError(f"temperature=0 takes the likeliest token, but sampler={sampler!r} draws.")
+    return _SAMPLERS[sampler](**options)
+
+
+def _drawing_options(temperature, top_k, top_p) -> dict[str, float | int]:
+    """Check the options that say how to draw; return them by KerasHub's names."""
+    options = {}
+    for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1)):
+        if value is None:
+            continue
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= most or (name == "top_p" and value == 0):
+            fit = "a number, 0 or more" if name == "temperature" else "above 0, and at most 1"
+            raise ValueError(f"{name} is {fit}. Received: {name}={value!r:.80}")
+        options["p" if name == "top_p" else name] = float(value)
+    if top_k is not None:
+        options["k"] = whole_number("top_k", top_k)
+    return options
+
+
+def _fitting_sampler(options: dict, greedy: bool) -> str:
+    """Return the name of the sampler that takes such options."""
+    if greedy or not options:
+        return "greedy"
+    return "top_p" if "p" in options else "top_k" if "k" in options else "random"
+
+
+def _key(sampler: Sampler) -> tuple:
+    """Return a key that equal samplers share whatever their seed."""
     if type(sampler).__module__.startswith("keras_hub."):
         options = sampler.get_config()
         options.pop("seed", None)
-        return sampler, (type(sampler), repr(options))
+        return (type(sampler), repr(options))
     # The configuration of a sampler from elsewhere may not tell everything. Its id is
     # unique, because the function compiled for it keeps it alive.
-    return sampler, (type(sampler), id(sampler))
+    return (type(sampler), id(sampler))

@@ -8,6 +8,7 @@ import html
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
 
 # The marks of a check, and their colours in a notebook. A cell that holds one of them
 # and nothing else is shown in its colour.
@@ -28,6 +29,8 @@ class Table:
     target  layers
     query        4
     value       16
+    >>> Table(rows)["layers"], len(Table(rows))
+    ([4, 16], 2)
 
     A column of numbers is aligned right, any other column left. In a terminal, long
     text wraps. In a notebook, a cell that is ✓, ✗ or – has a colour.
@@ -43,11 +46,30 @@ class Table:
         self.caption = caption
         self._width = width
 
-    def __getitem__(self, index: int) -> dict:
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: int | str):
+        """Return a row by its number, or a column as a list by its name."""
+        if isinstance(index, str):
+            if index not in self.columns:
+                raise KeyError(f"No column is named {index!r}. There are: {self.columns}")
+            return [row[index] for row in self.rows]
         return self.rows[index]
 
-    def _head(self) -> list[str]:
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
         return list(self.rows[0]) if self.rows else []
+
+    def to_pandas(self):
+        """Return the table as a pandas DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.rows)
 
     def _body(self) -> list[list[str]]:
         return [[_text(value) for value in row.values()] for row in self.rows]
@@ -62,7 +84,7 @@ class Table:
         justify = [str.rjust if number else str.ljust for number in self._is_number()]
         # A cell is a list of lines from here on.
         grid = [
-            [_wrapped(cell, self._width) for cell in row] for row in [self._head(), *self._body()]
+            [_wrapped(cell, self._width) for cell in row] for row in [self.columns, *self._body()]
         ]
         widths = [
             max(len(line) for cell in column for line in cell) for column in zip(*grid, strict=True)
@@ -96,7 +118,7 @@ class Table:
         if self.caption:
             caption = f'<caption style="{_CAPTION_STYLE}">{html.escape(self.caption)}</caption>'
         body = "".join(line("td", cells) for cells in self._body())
-        return f"<table>{caption}{line('th', self._head())}{body}</table>"
+        return f"<table>{caption}{line('th', self.columns)}{body}</table>"
 
 
 def _text(value) -> str:
@@ -133,6 +155,10 @@ class ShowsAsTable:
         return str(self.table())
 
     __repr__ = __str__
+
+    def to_pandas(self):
+        """Return the table as a pandas DataFrame."""
+        return self.table().to_pandas()
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import keras_hub
 import numpy as np
 import sentencepiece
+from keras_hub.models import CausalLM
 
 from gemma_lora.models import TINY, from_preset, local_place, state_of
-from gemma_lora.records import WrongColumnsError, as_records, checked_record
+from gemma_lora.options import one_of, whole_number, with_options
+from gemma_lora.records import Records, WrongColumnsError, as_records, checked_record
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces, turn_tokens_in
@@ -50,6 +52,9 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return len(self._pieces)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer of {len(self):,} tokens, with encode, decode and tokens"
 
     def encode(self, pieces: list[str]) -> list[int]:
         """Encode each piece by itself and join the ids."""
@@ -126,7 +131,7 @@ class Example(NamedTuple):
 
 
 def shift_for_next_token(
-    prompt: list[int], response: list[int], *, loss_on: str = "response"
+    prompt: list[int], response: list[int], *, loss_on: Literal["response", "all"] = "response"
 ) -> Example:
     """Turn a prompt and its response into inputs, targets and loss weights.
 
@@ -167,13 +172,14 @@ class Encoded:
         return np.array([len(example.inputs) for example in self.examples])
 
 
+@with_options
 def encode(
-    model,
-    records: Iterable[Mapping[str, str]],
+    model: CausalLM | Tokenizer,
+    records: Records,
     *,
     template: str | Template = "recipe",
     sequence_length: int = 256,
-    loss_on: str = "response",
+    loss_on: Literal["response", "all"] = "response",
 ) -> Encoded:
     """Encode records for training.
 
@@ -197,10 +203,8 @@ def encode(
         ValueError: A row is not a valid record, or no record leaves room for a
             response.
     """
-    if loss_on not in ("response", "all"):
-        raise ValueError(f'loss_on is "response" or "all". Received: {loss_on!r}')
-    if not isinstance(sequence_length, int) or sequence_length < 2:
-        raise ValueError(f"sequence_length counts tokens, 2 or more. Received: {sequence_length!r}")
+    one_of("loss_on", loss_on, ("response", "all"))
+    sequence_length = whole_number("sequence_length", sequence_length, least=2)
     tokenizer = tokenizer_of(model)
     template = get_template(template)
     end = tokenizer.id_of(template.end)
@@ -256,13 +260,14 @@ def _checked(number: int, row) -> dict[str, str]:
         raise ValueError(f"Record {number}: {error}{way_out if helps else ''}") from None
 
 
+@with_options
 def show_tokens(
-    model,
-    records: Mapping[str, str] | Iterable[Mapping[str, str]],
+    model: CausalLM | Tokenizer,
+    records: Mapping[str, str] | Records,
     *,
     template: str | Template = "recipe",
     sequence_length: int = 256,
-    loss_on: str = "response",
+    loss_on: Literal["response", "all"] = "response",
 ) -> TokenView:
     """Show records as tokens in colour: what training reads, what it learns, and
     padding.

@@ -11,15 +11,18 @@ import signal
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import keras
+from keras.callbacks import Callback
+from keras_hub.models import CausalLM
 
 from gemma_lora import runtime
 from gemma_lora.batches import Batches
@@ -36,61 +39,106 @@ from gemma_lora.loss import (
     training_step,
 )
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import Settings, one_at_a_time, recommended, state_of, template_of
+from gemma_lora.models import (
+    Run,
+    Settings,
+    counted_epochs,
+    one_at_a_time,
+    recommended,
+    state_of,
+    template_of,
+)
+from gemma_lora.options import whole_number, with_options
 from gemma_lora.progress import LossCurve, Progress
-from gemma_lora.records import as_records
+from gemma_lora.records import Records, as_records
+from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Encoded, encode
 
 
+class History(ShowsAsTable, keras.callbacks.History):
+    """Keras's record of a run, which shows as a table.
+
+    Attributes:
+        history: Values by name, one for each epoch: "loss" in nats a token that counts,
+            "accuracy", and "val_loss" and "val_accuracy" with held-out records.
+        curve: Pairs of (epochs done, training loss since the point before), 20 an
+            epoch.
+    """
+
+    curve: list[tuple[float, float]] = ()
+
+    def table(self) -> Table:
+        """Return a row for each epoch."""
+        rows = []
+        for place, epoch in enumerate(self.epoch):
+            row = {"epoch": epoch + 1}
+            for name, values in self.history.items():
+                row[name.replace("val_", "held-out ")] = values[place]
+            rows.append(row)
+        return Table(rows)
+
+
+@with_options
 @one_at_a_time
 def fit(
-    model,
-    train: Iterable[Mapping],
+    model: CausalLM,
+    train: Records,
     *,
-    validation: Sequence[Mapping] | None = None,
-    template: str | Template | None = None,
+    validation: Records | None = None,
     epochs: int = 1,
-    batch_tokens: int | None = None,
-    batch_size: int | None = None,
-    sequence_length: int | None = None,
     learning_rate: float | None = None,
-    weight_decay: float | None = None,
-    loss_on: str = "response",
+    sequence_length: int | None = None,
+    batch_tokens: int | None = None,
+    template: str | Template | None = None,
     seed: int | None = None,
     checkpoint_dir: str | Path | None = None,
+    batch_size: int | None = None,
+    weight_decay: float | None = None,
+    loss_on: Literal["response", "all"] = "response",
     checkpoint_every: int = 100,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-    verbose: int | str = "auto",
-) -> keras.callbacks.History:
+    callbacks: Callback | Sequence[Callback] = (),
+    verbose: Literal["auto", 0, 1, 2] = "auto",
+) -> History:
     """Train a model's adapters, and only them.
 
-    None takes what `recommended(model)` names; the first line shows every option.
-    The published recipe is `fit(model, train, batch_size=1, sequence_length=256,
-    loss_on="all")`. Ctrl-C ends training after a step and leaves a usable model.
+    >>> import gemma_lora as gl
+    >>> model = gl.load("tiny_gemma_en")
+    >>> _ = gl.enable_lora(model, rank=4)
+    >>> rows = [{"question": "Why?", "answer": "So."}]
+    >>> history = gl.fit(model, rows, epochs=2, verbose=0)
+    >>> history.table().columns
+    ['epoch', 'accuracy', 'loss']
+
+    What is left out is as `recommended(model)` says; the first line shows it all.
+    Ctrl-C ends training after a step and leaves a usable model. Called again, `fit`
+    goes on training the same adapters. The published recipe is `fit(model, train,
+    batch_size=1, sequence_length=256, loss_on="all")`.
 
     Args:
         model: A model with adapters, from `enable_lora`.
         train: Records to learn from: what `load_records` returns, or what it reads.
         validation: Records to measure the loss on after each epoch.
+        epochs: How often every record is learned from.
+        learning_rate: AdamW's, the same for the whole run.
+        sequence_length: Most tokens of prompt and response. Longer responses are cut.
+        batch_tokens: Tokens a step. Short records share a row, unseen by each other.
         template: Name of a template, or a `Template`, for prompts here and later in
             `generate`. None keeps that of an adapter trained before, or loaded.
-        epochs: How often every record is learned from.
-        batch_tokens: Tokens a step. Short records share a row, unseen by each other.
-        batch_size: Records a step, whatever their length, instead of `batch_tokens`.
-        sequence_length: Most tokens of prompt and response. Longer responses are cut.
-        learning_rate, weight_decay: AdamW's. Biases and norm scales are not decayed.
-        loss_on: "response", or "all" to learn the prompt as well.
         seed: Order of the records. None means the seed of `gl.setup`.
         checkpoint_dir: A folder for checkpoints. The same call goes on from the newest.
+
+        batch_size: Rarely needed, as all below: records a step, whatever their length,
+            instead of `batch_tokens`.
+        weight_decay: AdamW's. Biases and norm scales are not decayed.
+        loss_on: "response", or "all" to learn the prompt as well.
         checkpoint_every: Steps from one checkpoint to the next.
         callbacks: Keras callbacks. During the run, `model.optimizer` is the run's own.
         verbose: "auto" shows a bar, or lines in a log; 2 a line an epoch; 0 nothing.
 
     Returns:
-        A Keras `History` of loss and accuracy per token that counts. Its attribute
-        `curve` holds (epochs done, training loss since the point before), 20 points an
-        epoch.
+        A Keras `History` of loss and accuracy per token that counts, which shows as a
+        table and has the loss curve as its attribute `curve`.
 
     Raises:
         ValueError: An option or a record is invalid, there are no adapters, or a base
@@ -102,8 +150,11 @@ def fit(
     chosen = {"template": template, "sequence_length": sequence_length}
     chosen |= {"batch_tokens": batch_tokens, "learning_rate": learning_rate}
     chosen |= {"weight_decay": weight_decay}
-    settings = _settings(model, chosen, batch_size, epochs)
-    seed = runtime.default_seed if seed is None else seed
+    epochs = whole_number("epochs", epochs)
+    settings = _settings(model, chosen, batch_size)
+    seed = runtime.checked_seed(seed)
+    _check_display(verbose)
+    callbacks = _checked_callbacks(callbacks)
     data = _prepare(model, train, validation, settings, batch_size, loss_on, seed)
     run = _record(data, settings, epochs, batch_size, loss_on, seed)
     if verbose != 0:
@@ -117,21 +168,25 @@ def _run(
     data: "_Data",
     settings: Settings,
     run: dict,
-    callbacks: Sequence[keras.callbacks.Callback],
+    callbacks: Sequence[Callback],
     kept: tuple[str | Path, int] | None,
     verbose: int | str,
-) -> keras.callbacks.History:
+) -> History:
     """Train as `run` says, and attach the record of it to the model."""
     started = time.monotonic()
     epochs = run["epochs"]
+    earlier = _epochs_so_far(model)
     optimizer = optimizer_for(settings)
     begin = Checkpoint(0, 0, {}, None, start_state(model, optimizer))
     checkpoints = None
     if kept is not None:
         folder, every = kept
         which = _same_run(model, run, data.encoded)
-        checkpoints = Checkpoints(folder, which, begin.state, every=every)
+        checkpoints = Checkpoints(folder, which, begin.state, every=every, earlier=earlier)
         begin = checkpoints.newest() or begin
+        earlier = checkpoints.earlier
+    if earlier and verbose != 0 and (begin.epoch, begin.step) == (0, 0):
+        print(f"Before, these adapters were trained for {counted_epochs(earlier)}. They go on.")
     curve = LossCurve(data.batches, begin.curve)
     progress = Progress(data.batches, curve, epochs=epochs, verbose=verbose)
     shape = dict(zip(("batch_size", "sequence_length"), data.batches.shape, strict=True))
@@ -139,16 +194,22 @@ def _run(
         params = {"epochs": epochs, "steps": len(data.batches), "verbose": 0}
         live = _Live(model, optimizer, begin.state, callbacks, params, pressed)
         history = _train(live, data, begin, epochs, (curve, progress, checkpoints))
+        steps = live.steps
         if "val_loss" in history.history and not pressed:
             run |= _before_and_after(live, data.held_out_batches)
-    state_of(model).run = run | {
+    done = steps / data.batches.steps_an_epoch
+    really = {"epochs": int(done) if done.is_integer() else round(done, 4), "steps": steps}
+    if earlier:
+        really["earlier_epochs"] = earlier
+    result = {
         "template": get_template(settings.template),
-        "epochs": len(history.epoch),
+        **really,
         "truncated": data.encoded.truncated,
         "dropped": data.encoded.dropped,
         "seconds": round(time.monotonic() - started, 1),
         "history": {name: [*map(float, values)] for name, values in history.history.items()},
     }
+    state_of(model).run = Run(run | result)
     return history
 
 
@@ -158,13 +219,14 @@ def _train(
     begin: Checkpoint,
     epochs: int,
     watchers: tuple[LossCurve, Progress, Checkpoints | None],
-) -> keras.callbacks.History:
+) -> History:
     """Run the loop from `begin` to the last epoch, and return the history."""
     curve, progress, checkpoints = watchers
     step = training_step(live.model, live.optimizer)
     frozen = frozen_values(live.model)
     first = begin.step
     steps_run = 0
+    live.steps = begin.epoch * data.batches.steps_an_epoch + begin.step
     with live:
         live.tell("on_train_begin")
         live.history.epoch = [*range(begin.epoch)]
@@ -189,6 +251,7 @@ def _train(
                 progress.after_step()
                 live.tell("on_train_batch_end", done, live.logs())
                 done += 1
+                live.steps += 1
                 if checkpoints and done % checkpoints.every == 0:
                     checkpoints.save(live.checkpoint(epoch, done, curve))
                 if live.stopped:
@@ -200,7 +263,7 @@ def _train(
             progress.end_epoch(logs)
             live.tell("on_epoch_end", epoch, logs)
             if checkpoints:
-                complete = done == data.batches.first + len(data.batches)
+                complete = done == data.batches.steps_an_epoch
                 place = (epoch + 1, 0) if complete else (epoch, done)
                 checkpoints.save(live.checkpoint(*place, curve))
             if live.stopped:
@@ -222,6 +285,7 @@ class _Live:
         state: What the last step left.
         history: Keras's record of the run.
         pressed: Not empty once Ctrl-C was pressed.
+        steps: Steps that are done, those before a resumption included.
     """
 
     def __init__(self, model, optimizer, state: TrainState, callbacks, params: dict, pressed: list):
@@ -229,7 +293,8 @@ class _Live:
         self.optimizer = optimizer
         self.state = state
         self.pressed = pressed
-        self.history = keras.callbacks.History()
+        self.history = History()
+        self.steps = 0
         self.callbacks = [*callbacks]
         self._heard: dict[str, bool] = {}
         hooks = [*callbacks, self.history]
@@ -418,6 +483,11 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
     size = {"batch_size": batch_size, "batch_tokens": settings.batch_tokens}
     encoded = encode(model, train, **options)
     data = _Data(encoded, Batches(encoded, **size, seed=seed), None, None)
+    if isinstance(validation, Real):
+        raise ValueError(
+            f"validation holds records, not a share of them. Received: validation={validation!r}. "
+            f"train, held_out = gl.load_records(rows, held_out={validation!r}) splits them."
+        )
     held_out = None if validation is None else [*as_records(validation)]
     if held_out:
         data.held_out = encode(model, held_out, **options)
@@ -425,12 +495,10 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
     return data
 
 
-def _settings(model, chosen: dict, batch_size: int | None, epochs: int) -> Settings:
+def _settings(model, chosen: dict, batch_size: int | None) -> Settings:
     """Return what is recommended for a model, with what the caller chose instead."""
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs is a whole number, 1 or more. Received: epochs={epochs!r}")
     batch_tokens = chosen["batch_tokens"]
-    if batch_size and batch_tokens:
+    if batch_size is not None and batch_tokens is not None:
         raise ValueError(
             "Choose one of batch_size and batch_tokens. Received: "
             f"batch_size={batch_size!r}, batch_tokens={batch_tokens!r}"
@@ -447,14 +515,17 @@ def _settings(model, chosen: dict, batch_size: int | None, epochs: int) -> Setti
     if not settings.learning_rate > 0:
         raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
     # NumPy's numbers would not go into the record of the run.
-    rates = {"learning_rate": float(settings.learning_rate)}
-    rates |= {"weight_decay": float(settings.weight_decay)}
-    return replace(settings, **rates)
+    plain = {name: float(getattr(settings, name)) for name in ("learning_rate", "weight_decay")}
+    for name in ("batch_tokens", "sequence_length"):
+        plain[name] = whole_number(name, getattr(settings, name))
+    return replace(settings, **plain)
 
 
 def _record(data: _Data, settings: Settings, epochs: int, batch_size, loss_on, seed) -> dict:
     """Return what is known of a run before it begins, in JSON's types."""
-    size = {"batch_size": batch_size} if batch_size else {"batch_tokens": settings.batch_tokens}
+    size = {"batch_tokens": settings.batch_tokens}
+    if batch_size is not None:
+        size = {"batch_size": int(batch_size)}
     return {
         "rows": len(data.encoded.examples),
         "tokens": int(data.encoded.lengths.sum()),
@@ -497,6 +568,32 @@ def _same_run(model, run: dict, encoded: Encoded) -> dict:
     # A run of more epochs goes on from one of fewer.
     options = {name: value for name, value in run.items() if name != "epochs"}
     return options | sums
+
+
+def _epochs_so_far(model) -> float:
+    """Return how many epochs the adapters on a model were trained for."""
+    state = state_of(model)
+    merged = state.merged.run if state.merged else None
+    if state.run is None or state.run is merged:
+        return 0
+    return state.run["epochs"] + state.run.get("earlier_epochs", 0)
+
+
+def _check_display(verbose) -> None:
+    if isinstance(verbose, bool) or verbose not in ("auto", 0, 1, 2):
+        raise ValueError(f'verbose is "auto", 0, 1 or 2. Received: verbose={verbose!r:.80}')
+
+
+def _checked_callbacks(callbacks) -> list[Callback]:
+    """Return callbacks as a list; a single one may stand by itself."""
+    callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                "callbacks holds objects of keras.callbacks, such as EarlyStopping(). Received: "
+                f"{callback!r:.80}"
+            )
+    return callbacks
 
 
 def check_only_adapters_train(model) -> None:

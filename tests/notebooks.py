@@ -52,7 +52,7 @@ class TerminalClient(NotebookClient):
             self.leave_bar()
             print(content["text"], end="", flush=True)
         elif kind in SHOWN and "image/png" not in content["data"]:
-            text = content["data"].get("text/plain", "")
+            text = content["data"].get("text/plain") or " "
             # What can be updated later is a progress bar; its last line is the current
             # state.
             if content.get("transient"):

@@ -116,7 +116,7 @@ def test_an_index_outside_of_the_epoch_is_refused():
 @pytest.mark.parametrize("name", ["batch_size", "batch_tokens"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
 def test_sizes_that_are_no_numbers_of_rows_or_tokens_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} counts .* Received: {value!r}"):
+    with pytest.raises(ValueError, match=f"{name} is a whole number.* Received: {name}={value!r}"):
         Batches(of_lengths([5]), **{name: value})
 
 

@@ -112,7 +112,7 @@ def test_distinct_counts_pairs_over_all_texts():
     assert gl.distinct(["a b c", "a b"]) == 2 / 3
     assert gl.distinct(["a a a"], n=1) == 1 / 3
     assert gl.distinct("ab ab ab") == 1 / 2
-    with pytest.raises(ValueError, match="n counts words"):
+    with pytest.raises(ValueError, match="n is a whole number, 1 or more"):
         gl.distinct(["a b"], n=0)
     with pytest.raises(ValueError, match="No text has 2 words"):
         gl.distinct(["", "one"])

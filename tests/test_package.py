@@ -60,11 +60,11 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
 # Story order is reading order and import order: a module imports only from those above
 # it.
 STREET = [
-    "runtime", "tables", "access.kaggle", "access.fetch", "access.gguf", "access.files", "records",
-    "templates",
-    "models", "tokens", "batches", "lora", "loss", "memory", "checks", "progress", "checkpoints",
-    "training", "sampling", "evaluation", "figures", "formats.card", "formats.transformers",
-    "formats.peft", "formats.gguf", "formats.adapter", "formats.upload", "exercises",
+    "options", "runtime", "tables", "access.kaggle", "access.fetch", "access.preset",
+    "access.gguf", "access.files", "records", "templates", "models", "tokens", "batches", "lora",
+    "loss", "memory", "checks", "progress", "checkpoints", "training", "sampling", "evaluation",
+    "figures", "formats.card", "formats.transformers", "formats.peft", "formats.gguf",
+    "formats.adapter", "formats.upload", "exercises",
 ]  # fmt: skip
 
 
@@ -115,7 +115,9 @@ def test_dependencies_stand_in_pyproject_alone():
 
 def public_definitions(tree: ast.Module):
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if "overload" not in [getattr(mark, "id", "") for mark in node.decorator_list]:
             yield node
 
 
@@ -129,14 +131,18 @@ def test_every_module_and_every_public_function_has_a_docstring():
     assert missing == []
 
 
-def test_no_function_is_longer_than_70_lines():
-    """A guard against rooms that grow until nobody can read them; aim at 60."""
+def test_no_function_has_more_than_60_lines_beside_its_docstring():
+    """A guard against rooms that grow until nobody can read them.
+
+    What `help` shows may be longer, as it begins with an example.
+    """
     long = []
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
-                if lines > 70:
+                docstring = len((ast.get_docstring(node) or "").splitlines())
+                if lines - docstring > 60 or lines > 85:
                     long.append(f"{path.relative_to(ROOT)}: {node.name}, {lines} lines")
     assert long == []
 

@@ -148,12 +148,14 @@ def test_seeds_differ():
     ("rows", "held_out"), [(32, 0), (31, 1), (0, 0), (-1, 0), (5, -1), (None, 31), (None, 40)]
 )
 def test_dolly_names_its_number_of_rows_when_they_do_not_suffice(rows, held_out):
-    with pytest.raises(ValueError, match=r"Dolly has 31 rows"):
+    with pytest.raises(ValueError, match=r"Dolly has 31 rows|is a whole number, [01] or more"):
         load_dolly(rows=rows, held_out=held_out)
 
 
 def test_dolly_refuses_an_unknown_context():
-    with pytest.raises(ValueError, match=r"\"drop\", \"keep\" or \"only\"\. Received: 'none'"):
+    with pytest.raises(
+        ValueError, match=r"\"drop\", \"keep\" or \"only\"\. Received: context='none'"
+    ):
         load_dolly(context="none")
 
 
@@ -215,7 +217,7 @@ def test_what_is_neither_a_model_nor_a_preset_is_a_type_error(model):
 
 @pytest.mark.parametrize("model", ["tiny_gemma_en", "gemma_2b_en"])
 def test_a_wrong_context_is_refused_for_every_model(model):
-    with pytest.raises(ValueError, match="Received: 'none'"):
+    with pytest.raises(ValueError, match="Received: context='none'"):
         load_data(model, context="none")
 
 
@@ -437,7 +439,7 @@ def test_columns_maps_only_the_four_columns():
 
 
 def test_on_error_is_raise_or_skip():
-    with pytest.raises(ValueError, match=r"\"raise\" or \"skip\"\. Received: 'ignore'"):
+    with pytest.raises(ValueError, match=r"\"raise\" or \"skip\"\. Received: on_error='ignore'"):
         load_records([ASKED], on_error="ignore")
 
 

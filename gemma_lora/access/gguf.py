@@ -18,6 +18,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from gemma_lora.access.preset import sentencepiece_proto
 from gemma_lora.runtime import return_memory
 
 # The parts of a decoder block: by their names in the file, the attributes of KerasHub's
@@ -55,9 +56,6 @@ WAVELENGTH = {"gemma": 10_000.0, "gemma2": 10_000.0, "gemma3": 1_000_000.0}
 # The first bytes of every GGUF file, and the versions of the format that can be read.
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-
-# Control tokens that no text turns into, in Gemma's own SentencePiece models.
-_NEVER_IN_TEXT = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 # Rows of a matrix that are widened or rounded at once: a whole embedding would take its
 # size several times over.
@@ -226,45 +224,19 @@ class GGUFFile:
         """Return the vocabulary as the bytes of a SentencePiece model.
 
         Kinds of pieces have the same numbers in both formats. In the file, pieces
-        defined by hand hold plain spaces, where SentencePiece has "▁". And a file calls
-        turns, `<start_of_turn>`, control tokens. To SentencePiece they are pieces that
-        a text may hold, or it would cut them, and with them every template of turns.
+        defined by hand hold plain spaces, and a file calls turns, `<start_of_turn>`,
+        control tokens.
         """
-        from sentencepiece import sentencepiece_model_pb2
-
-        if self._read("tokenizer.ggml.model") != "llama":
-            kind = self._read("tokenizer.ggml.model")
+        kind = self._read("tokenizer.ggml.model")
+        if kind != "llama":
             raise ValueError(
                 f"{self.path} has a tokenizer of the kind {kind!r}. Gemma's is SentencePiece, "
                 'which GGUF calls "llama".'
             )
         names = ("tokens", "scores", "token_type")
-        texts, scores, kinds = (self._needed(f"tokenizer.ggml.{name}") for name in names)
-        model = sentencepiece_model_pb2.ModelProto()
-        types = model.SentencePiece
-        for text, score, kind in zip(texts, scores, kinds, strict=True):
-            if kind == types.CONTROL and text not in _NEVER_IN_TEXT:
-                kind = types.USER_DEFINED
-            model.pieces.add(piece=text.replace(" ", "▁"), score=score, type=int(kind))
-        trainer = model.trainer_spec
-        trainer.model_type = trainer.BPE
-        trainer.vocab_size = len(texts)
-        trainer.byte_fallback = True
-        trainer.split_digits = True
-        trainer.allow_whitespace_only_pieces = True
-        for name in ("pad", "eos", "bos", "unk"):
-            place = texts.index(f"<{name}>")
-            setattr(trainer, f"{name}_id", place)
-            setattr(trainer, f"{name}_piece", f"<{name}>")
-        # SentencePiece wants one piece of this kind. Some files call it a control
-        # token.
-        model.pieces[trainer.unk_id].type = model.pieces[trainer.unk_id].UNKNOWN
-        rule = model.normalizer_spec
-        rule.name = "identity"
-        rule.add_dummy_prefix = bool(self._read("tokenizer.ggml.add_space_prefix", False))
-        rule.remove_extra_whitespaces = False
-        rule.escape_whitespaces = True
-        return model.SerializeToString()
+        vocabulary = (self._needed(f"tokenizer.ggml.{name}") for name in names)
+        prefix = bool(self._read("tokenizer.ggml.add_space_prefix", False))
+        return sentencepiece_proto(*vocabulary, dummy_prefix=prefix)
 
     def note(self) -> str | None:
         """Return what `export_gguf` noted of the tuning, as JSON; None without it."""

@@ -31,6 +31,7 @@ from kagglehub.config import (
     set_kaggle_credentials,
 )
 
+from gemma_lora.options import with_options
 from gemma_lora.tables import Table
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Login:
         return f"Kaggle credentials {owner}, found in: {self.place}"
 
 
+@with_options
 def kaggle_login(
     *,
     token: str | None = None,

@@ -10,7 +10,6 @@ touches the model.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import h5py
 import keras
 import numpy as np
+from keras_hub.models import CausalLM
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
@@ -26,6 +26,7 @@ from gemma_lora.formats import peft
 from gemma_lora.formats.card import base_name, describe, model_card, write_card, write_file
 from gemma_lora.lora import (
     LoraSummary,
+    Targets,
     adopt,
     detach,
     enable_lora,
@@ -36,7 +37,8 @@ from gemma_lora.lora import (
     resolve_targets,
     target_names,
 )
-from gemma_lora.models import one_at_a_time, state_of, template_of
+from gemma_lora.models import Run, one_at_a_time, state_of, template_of
+from gemma_lora.options import with_options
 from gemma_lora.templates import Template, get_template
 
 FORMAT = 2
@@ -46,13 +48,22 @@ _METADATA_KEY = "gemma_lora"
 # leave the former tensors under the second name.
 _FORMAT_1_DESCRIPTION = "adapter.json"
 _FORMAT_1_OLD_TENSORS = "adapter.safetensors.old"
+# A path to one of these means the folder that it is in.
+_FILES_OF_ADAPTERS = (
+    ADAPTER_FILE,
+    _FORMAT_1_DESCRIPTION,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 # What a description holds whatever format it was read from.
 _NEEDED = ("rank", "alpha", "targets", "seed", "run")
 # Mismatches that an error lists before it only counts the others.
 _LISTED = 6
 
 
-def save_adapter(model, folder: str | Path) -> Path:
+@with_options
+def save_adapter(model: CausalLM, folder: str | Path) -> Path:
     """Save a model's adapter as one file, with a model card beside it.
 
     In `adapter.safetensors`, tensors are named "<layer path>/a" and "/b"; they are
@@ -111,9 +122,10 @@ def save_adapter(model, folder: str | Path) -> Path:
     return folder
 
 
+@with_options
 @one_at_a_time
 def load_adapter(
-    model, source: str | Path, *, targets: str | Sequence[str] | None = None, force: bool = False
+    model: CausalLM, source: str | Path, *, targets: Targets | None = None, force: bool = False
 ) -> LoraSummary:
     """Put a saved adapter on a model: LoRA on the right layers, and its exact weights.
 
@@ -122,8 +134,8 @@ def load_adapter(
 
     Args:
         model: The adapter's base.
-        source: A folder from `gl.save_adapter`, a folder in PEFT's format, or a
-            `.lora.h5` file of stock Keras.
+        source: A folder from `gl.save_adapter`, a folder in PEFT's format, a file in
+            one of these, or a `.lora.h5` file of stock Keras.
         targets: The layers that the adapter was made for, as in `gl.enable_lora`. None
             takes what the adapter says. A `.lora.h5` file numbers its layers and names
             none: there, None means query and value.
@@ -231,7 +243,10 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         )
     path = Path(source).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"There is no {path}.")
+        raise FileNotFoundError(f"There is no file or folder {path}.")
+    if path.name in _FILES_OF_ADAPTERS:
+        # The folder is meant, since an adapter may have several files.
+        path = path.parent
     own = (path / ADAPTER_FILE).is_file() or (path / _FORMAT_1_DESCRIPTION).is_file()
     try:
         if path.suffix == ".h5":
@@ -241,16 +256,14 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         elif (path / "adapter_config.json").is_file():
             description, tensors = peft.read(model, path)
         else:
-            raise FileNotFoundError(
-                f"The folder {path} holds no adapter: it has no {ADAPTER_FILE}."
-            )
+            raise FileNotFoundError(_why_no_adapter(path))
         missing = [name for name in _NEEDED if name not in description]
         if missing:
             raise ValueError(f"its description lacks {', '.join(missing)}")
         description["targets"] = tuple(map(str, description["targets"]))
         run = description["run"]
         if run is not None:
-            description["run"] = run | {"template": Template(**run["template"])}
+            description["run"] = Run(run | {"template": Template(**run["template"])})
         tensors = {name: np.asarray(tensor, "float32") for name, tensor in tensors.items()}
     except FileNotFoundError:
         raise
@@ -260,6 +273,15 @@ def _read(model, source: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
             "save it again."
         ) from error
     return description, tensors
+
+
+def _why_no_adapter(path: Path) -> str:
+    """Say what a path without an adapter is, and which call takes it."""
+    if path.is_file():
+        return f"{path} is no adapter. Pass the folder that gl.save_adapter wrote."
+    if (path / "config.json").is_file():
+        return f"The folder {path} holds a model, not an adapter. Load it by gl.load(folder)."
+    return f"The folder {path} holds no adapter: it has no {ADAPTER_FILE}."
 
 
 def embedded_text(path: Path) -> str | None:
@@ -331,6 +353,11 @@ def _read_keras(model, path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     tensors = {}
     # private: the names inside Keras's file
     with h5py.File(path) as file:
+        if "lora" not in file:
+            raise ValueError(
+                "it holds a model's weights, as Keras's ModelCheckpoint saves them. With the "
+                "adapters of that run on the model, model.load_weights(file) reads it"
+            )
         saved = file["lora"]
         rank = int(saved["vars"]["rank"][()])
         for number in saved:

@@ -13,9 +13,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
+
+from keras_hub.models import CausalLM
 
 from gemma_lora.lora import LoraSummary, fingerprints
-from gemma_lora.models import TINY_VOCABULARY, state_of
+from gemma_lora.models import TINY_VOCABULARY, epochs_in_words, state_of
+from gemma_lora.options import with_options
 
 # For each kind of folder: the library that reads it, and the lines that load it.
 _LIBRARY = {
@@ -82,7 +86,10 @@ _MARK = "<!-- written by gemma_lora, {} -->"
 _MARK_PATTERN = re.compile(_MARK.format(r"(\w{16})"))
 
 
-def model_card(model, *, kind: str = "keras") -> str:
+@with_options
+def model_card(
+    model: CausalLM, *, kind: Literal["adapter", "transformers", "peft", "keras"] = "keras"
+) -> str:
     """Return the text of a model card: Markdown with the head that the Hub reads.
 
     Args:
@@ -154,15 +161,20 @@ def _facts_of_run(run: dict) -> list[str]:
     """Say in list items how a model was trained, and with what effect."""
     facts = [
         f"- Prompt template: `{run['template'].name}`. Prompts worded otherwise do worse.",
-        f"- Trained on {run['rows']:,} records, {run['tokens']:,} tokens, {run['epochs']} "
-        f"epoch(s); learning rate {run['learning_rate']:g}, seed {run['seed']}, loss on "
-        f"{run['loss_on']}.",
+        f"- Trained on {run['rows']:,} records ({run['tokens']:,} tokens) for "
+        f"{epochs_in_words(run)}{_steps_of(run)}; learning rate {run['learning_rate']:g}, seed "
+        f"{run['seed']}, loss on {run['loss_on']}.",
         "- Data: say here where the records are from, and under which licence.",
     ]
     if losses := run.get("held_out_loss"):
         before, after = losses["base"], losses["tuned"]
         facts.append(f"- Held-out loss per token: {before:.4f} before, {after:.4f} after.")
     return facts
+
+
+def _steps_of(run: dict) -> str:
+    """Say how many steps a run had that ended before its time."""
+    return "" if float(run["epochs"]).is_integer() else f" ({run['steps']:,} steps), then stopped"
 
 
 def describe(model) -> dict:

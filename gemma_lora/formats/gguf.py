@@ -15,6 +15,7 @@ from string import Formatter
 from typing import Literal, get_args
 
 import numpy as np
+from keras_hub.models import CausalLM
 from tqdm import tqdm
 
 from gemma_lora.access.gguf import (
@@ -39,6 +40,7 @@ from gemma_lora.formats.peft import has_heads, lora_to_export, to_peft
 from gemma_lora.formats.transformers import Exported, chat_template, matrix, transformers_config
 from gemma_lora.lora import kernel_shape, lora_layers, merged_kernel
 from gemma_lora.models import note_of, template_of
+from gemma_lora.options import with_options
 from gemma_lora.runtime import quiet
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
@@ -438,8 +440,9 @@ def _export_adapter(model, path: Path, family: str, layers: dict) -> Exported:
     return Exported(path.parent, {path.name: path.stat().st_size}, checked)
 
 
+@with_options
 def export_gguf(
-    model, path: str | Path, *, dtype: DType = "float32", adapter_only: bool = False
+    model: CausalLM, path: str | Path, *, dtype: DType = "float32", adapter_only: bool = False
 ) -> Exported:
     """Write a model, its adapter merged, as one GGUF file, and a Modelfile beside it.
 

@@ -28,12 +28,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+from keras_hub.models import CausalLM
 from safetensors.numpy import load_file, save
 
 from gemma_lora.formats.card import describe, model_card, write_card, write_file, write_json
 from gemma_lora.formats.transformers import NAMES, Exported, sizes
 from gemma_lora.lora import LoraSummary, adopt, kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import NOTE
+from gemma_lora.options import with_options
 
 # The base, and the record of training: PEFT's own files have no place for them.
 DESCRIPTION_FILE = NOTE
@@ -66,7 +68,8 @@ _NOT_PLAIN = (
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def export_peft(model, folder: str | Path, *, base: str | Path = "") -> Exported:
+@with_options
+def export_peft(model: CausalLM, folder: str | Path, *, base: str | Path = "") -> Exported:
     """Write a model's adapter in the format of PEFT, exactly.
 
     The folder gets `adapter_model.safetensors`, `adapter_config.json`, a model card,

@@ -22,11 +22,13 @@ import keras
 import numpy as np
 import psutil
 from huggingface_hub import split_state_dict_into_shards_factory
+from keras_hub.models import CausalLM
 from safetensors.numpy import save_file
 
 from gemma_lora.formats.card import model_card, write_card, write_file, write_json
 from gemma_lora.lora import kernel_shape, linear_layers, merged_kernel
 from gemma_lora.models import template_of, write_note
+from gemma_lora.options import with_options
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template
@@ -409,7 +411,10 @@ class Exported(ShowsAsTable):
         return Table(rows, caption=self.checked)
 
 
-def export_transformers(model, folder: str | Path, *, verify: bool | None = None) -> Exported:
+@with_options
+def export_transformers(
+    model: CausalLM, folder: str | Path, *, verify: bool | None = None
+) -> Exported:
     """Write a model, its adapter merged, in the format of Transformers.
 
     The folder gets weights, config, tokenizer, generation settings and a model card.

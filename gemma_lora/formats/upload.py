@@ -19,6 +19,7 @@ from gemma_lora.access.fetch import AccessError, Source, access_error
 from gemma_lora.access.kaggle import THREE_WAYS, hide, share_colab_secrets
 from gemma_lora.formats.adapter import ADAPTER_FILE, described_base, embedded_text
 from gemma_lora.models import TINY, TINY_VOCABULARY
+from gemma_lora.options import with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 _ADDRESS = r"kaggle://[\w-]+/[\w-]+/\w+/[\w.-]+|hf://[\w.-]+/[\w.-]+"
@@ -69,6 +70,7 @@ class Upload(ShowsAsTable):
         return Table(rows, caption="\n".join(lines))
 
 
+@with_options
 def upload(
     folder: str | Path, uri: str, *, dry_run: bool = False, card: str | None = None
 ) -> Upload:

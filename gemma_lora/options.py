@@ -1,0 +1,136 @@
+"""Check options, and say in one sentence what is wrong with a call.
+
+Every public function with options wears `with_options`. Whole numbers go through
+`whole_number`, so that NumPy's count too. What an option means is decided elsewhere.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What Transformers, PEFT, TRL and Keras call options that are here too. A function is
+# only told of names that it has.
+_CALLED_HERE = {
+    "base_model": "model",
+    "checkpoint": "checkpoint_dir",
+    "data": "train",
+    "dataset": "train",
+    "dataset_text_field": "template",
+    "do_sample": "temperature",
+    "eval_dataset": "validation",
+    "learning_rate_schedule": "learning_rate",
+    "lora_alpha": "alpha",
+    "lr": "learning_rate",
+    "max_len": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "max_seq_len": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "max_tokens": "max_new_tokens",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "output_dir": "checkpoint_dir",
+    "per_device_train_batch_size": "batch_size",
+    "prompt": "prompts",
+    "prompts": "prompt",
+    "r": "rank",
+    "random_state": "seed",
+    "target_modules": "targets",
+    "test_size": "held_out",
+    "torch_dtype": "dtype",
+    "train_dataset": "train",
+    "val_data": "validation",
+    "validation_data": "validation",
+    "validation_split": "validation",
+}
+
+
+def with_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function say which of its options an unknown one may have meant.
+
+    >>> @with_options
+    ... def answer(prompts, *, max_new_tokens=8):
+    ...     return prompts
+    >>> answer("Why?", max_length=4)
+    Traceback (most recent call last):
+    ...
+    TypeError: answer has no option 'max_length'. Here it is called max_new_tokens.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            said = _what_is_wrong(function.__name__, signature, args, options, error)
+            raise TypeError(said) from None
+        return function(*args, **options)
+
+    return checked
+
+
+def _what_is_wrong(name: str, signature, args: tuple, options: dict, error: TypeError) -> str:
+    """Say in a sentence why a call does not fit a signature."""
+    known = [*signature.parameters]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        elsewhere = _CALLED_HERE.get(unknown[0])
+        similar = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"It has: {', '.join(known)}."
+        if elsewhere in known:
+            hint = f"Here it is called {elsewhere}."
+        elif similar:
+            hint = f"Did you mean {similar[0]!r}?"
+        return f"{name} has no option {unknown[0]!r}. {hint}"
+    kinds = inspect.Parameter
+    in_order = [p.name for p in signature.parameters.values() if p.kind != kinds.KEYWORD_ONLY]
+    if len(args) > len(in_order):
+        named = [option for option in known if option not in in_order]
+        return (
+            f"{name} takes {' and '.join(in_order) or 'nothing'} without a name. Name the others: "
+            f"{named[0]}=..., for example. Received: {len(args)} arguments without a name"
+        )
+    # Something is missing, or given twice: Python says which.
+    return f"{name}: {error}."
+
+
+def whole_number(name: str, value, *, least: int = 1) -> int:
+    """Return an option as Python's integer, NumPy's too.
+
+    >>> whole_number("epochs", 1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: epochs is a whole number, 1 or more. Received: epochs=1.5
+
+    Raises:
+        ValueError: It is no whole number, or less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(
+            f"{name} is a whole number, {least} or more. Received: {name}={value!r:.80}"
+        )
+    return int(value)
+
+
+def one_of(name: str, value, choices: tuple[str, ...]) -> str:
+    """Return an option that is one of a few names.
+
+    >>> one_of("loss_on", "answer", ("response", "all"))
+    Traceback (most recent call last):
+    ...
+    ValueError: loss_on is "response" or "all". Received: loss_on='answer'
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        *others, last = (f'"{choice}"' for choice in choices)
+        said = f"{', '.join(others)} or {last}"
+        raise ValueError(f"{name} is {said}. Received: {name}={value!r:.80}")
+    return value
