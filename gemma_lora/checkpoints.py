@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from gemma_lora.loss import TrainState
-from gemma_lora.options import whole_number
+from gemma_lora.options import a_path, whole_number
 
 # If the newest file is damaged, there is the one before.
 _FILES_KEPT = 2
@@ -68,7 +68,7 @@ class Checkpoints:
         self, folder: str | Path, run: dict, start: TrainState, *, every: int, earlier: float = 0
     ):
         every = whole_number("checkpoint_every", every)
-        self.folder = Path(folder).expanduser()
+        self.folder = a_path("checkpoint_dir", folder)
         self.every = every
         # Through JSON and back, so that it compares equal with what a file holds.
         self._run = json.loads(json.dumps({"format": _FORMAT, **run}))

@@ -20,7 +20,7 @@ from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import one_at_a_time, state_of, template_of
-from gemma_lora.options import one_of, whole_number, with_options
+from gemma_lora.options import one_of, some_texts, whole_number, with_options
 from gemma_lora.progress import counted
 from gemma_lora.records import Prompts, Records, as_prompts, as_records, checked_record
 from gemma_lora.sampling import SamplerName, answers_to, chosen_sampler, generate
@@ -230,7 +230,8 @@ def _judge(judge: Judge | None) -> tuple[str, Callable[[str, dict], bool]]:
     if callable(judge):
         name = getattr(judge, "__name__", type(judge).__name__)
         return f"answers that are right by {name}", partial(_yes_or_no, judge, name)
-    judged, compare_texts = _JUDGES[one_of("judge", judge or "exact", (*_JUDGES,))]
+    name = one_of("judge", "exact" if judge is None else judge, (*_JUDGES,))
+    judged, compare_texts = _JUDGES[name]
 
     def by_words(answer: str, record: dict) -> bool:
         return compare_texts(*(" ".join(text.split()) for text in (answer, record["response"])))
@@ -263,16 +264,13 @@ def perplexity(model: CausalLM, texts: str | Iterable[str]) -> float:
 
     Raises:
         ValueError: There is no text, or nothing but white space.
+        TypeError: They are no texts: records go to `evaluate`.
     """
     tokenizer = tokenizer_of(model)
     length = state_of(model).settings.sequence_length
     end = tokenizer.id_of("<eos>")
     examples = []
-    for text in [texts] if isinstance(texts, str) else texts:
-        if not isinstance(text, str):
-            raise ValueError(
-                f"perplexity reads plain texts; records go to gl.evaluate. Received: {text!r:.80}"
-            )
+    for text in some_texts("texts", texts):
         if text.strip():
             ids = [*tokenizer.encode(text_pieces(text)), end]
             examples.append(shift_for_next_token([tokenizer.bos_id], ids[:length]))
@@ -355,8 +353,7 @@ def distinct(texts: str | Sequence[str], *, n: int = 2) -> float:
         ValueError: `n` is not a positive integer, or no text has so many words.
     """
     n = whole_number("n", n)
-    if isinstance(texts, str):
-        texts = [texts]
+    texts = some_texts("texts", texts)
     ngrams = []
     for text in texts:
         words = text.split()

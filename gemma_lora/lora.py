@@ -28,7 +28,7 @@ from keras_hub.models import CausalLM
 
 from gemma_lora import runtime
 from gemma_lora.models import Merge, one_at_a_time, state_of
-from gemma_lora.options import whole_number, with_options
+from gemma_lora.options import some_texts, whole_number, with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 # The layers of a decoder block that can take an adapter, in the order of its
@@ -174,6 +174,7 @@ def enable_lora(
     state = state_of(model)
     names = resolve_targets(targets, target_names(model))
     rank = whole_number("rank", rank)
+    seed = None if seed is None else runtime.checked_seed(seed)
     alpha = rank if alpha is None else alpha
     if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf:
         raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r:.80}")
@@ -232,6 +233,21 @@ def adopt(model) -> LoraSummary | None:
     return state.lora
 
 
+def check_not_empty(model) -> None:
+    """Raise ValueError if Keras has emptied a model's adapters.
+
+    When `model.load_weights` reads a file into layers with adapters, Keras puts all of
+    it into the kernels and leaves A and B zero. From there they learn nothing.
+    """
+    layers = [*lora_layers(model).values()]
+    if layers and not np.any(layers[0].lora_kernel_a.numpy()):
+        raise ValueError(
+            "The adapters are empty, A and B are zero: model.load_weights has put what it read "
+            "into the base. Load the base again, and call load_weights before gl.enable_lora; or "
+            "keep adapters by gl.save_adapter and gl.load_adapter."
+        )
+
+
 def _summary(model, rank, alpha, names, seed, base_parameters) -> LoraSummary:
     """Count the adapters of each target."""
     layers = dict.fromkeys(names, 0)
@@ -258,7 +274,7 @@ def resolve_targets(targets, present: Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(targets, str):
         targets = TARGETS.get(targets, (targets,))
-    names = tuple(targets)
+    names = tuple(some_texts("targets", targets))
     if not names:
         raise ValueError(
             f"targets names at least one layer, of: {', '.join(present)}. Received: {targets!r}"

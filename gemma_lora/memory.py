@@ -26,7 +26,7 @@ from gemma_lora.access.preset import backbone_config
 from gemma_lora.lora import ALL_LINEAR, Targets, enable_lora, resolve_targets
 from gemma_lora.loss import CHUNK, frozen_values, optimizer_for, start_state, training_step
 from gemma_lora.models import TINY, local_place, recommended, state_of
-from gemma_lora.options import whole_number, with_options
+from gemma_lora.options import one_of, whole_number, with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 GIB = 2**30
@@ -612,9 +612,8 @@ def memory_budget(
         sizes["batch_size"] = batch_size
     sizes = {size: whole_number(size, value) for size, value in sizes.items()}
     sizes.setdefault("batch_size", max(1, settings.batch_tokens // sequence_length))
-    dtype = dtype or settings.dtype
-    if dtype not in BYTES:
-        raise ValueError(f"dtype is one of {', '.join(BYTES)}. Received: {dtype!r}")
+    dtype = settings.dtype if dtype is None else dtype
+    one_of("dtype", dtype, (*BYTES,))
     targets = resolve_targets(targets, ALL_LINEAR)
     need = Need(name, geometry, targets=targets, dtype=dtype, **sizes)
     parts, generation = need.compiled() if compile else need.counted()

@@ -223,10 +223,10 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
             network, a full disk) and what to do; `reason` says it in one word.
     """
     name = str(preset)
+    place = local_place(preset)
     looks = _look_at(name)
     settings = _settings_for(name, looks)
-    place = local_place(name)
-    options = {"dtype": keras.dtype_policies.get(dtype or settings.dtype)}
+    options = {"dtype": _policy(settings.dtype if dtype is None else dtype)}
     if dtype is None and place is not None and _is_quantized(place):
         # Each layer has a policy of its own, which the preset names.
         options = {}
@@ -239,6 +239,17 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     # Loading holds some weights twice for a while.
     return_memory()
     return model
+
+
+def _policy(dtype) -> keras.DTypePolicy:
+    """Return the dtype policy of Keras that a name means. Raises ValueError."""
+    try:
+        return keras.dtype_policies.get(dtype)
+    except (TypeError, ValueError):
+        raise ValueError(
+            'dtype is a Keras dtype policy, such as "float32", "bfloat16" or "mixed_bfloat16". '
+            f"Received: dtype={dtype!r:.80}"
+        ) from None
 
 
 def _is_quantized(place: Path) -> bool:
@@ -433,9 +444,15 @@ def local_place(preset: str | Path) -> Path | None:
     """Return the folder or GGUF file that a preset is; None if it must be downloaded.
 
     Raises:
+        TypeError: It is neither text nor a path.
         ValueError: It is neither: there is no such folder or file, and no preset of
             that name. Or the folder holds no preset.
     """
+    if not isinstance(preset, str | Path):
+        raise TypeError(
+            "A preset is a name such as 'gemma_2b_en', a folder or a GGUF file. "
+            f"Received: {type(preset).__name__}, {preset!r:.60}"
+        )
     name = str(preset)
     place = TINY_FOLDER if name == TINY else Path(name).expanduser()
     if is_gguf(place) and place.is_file():
@@ -448,7 +465,7 @@ def local_place(preset: str | Path) -> Path | None:
         raise ValueError(f"There is no file {place}.")
     if place.is_file():
         raise ValueError(
-            f"{place} is a file, and gl.load takes a folder, a GGUF file or a preset's name. "
+            f"{place} is a file, and gl.load takes a folder, a GGUF file or a preset's name."
             f"{_CALL_FOR.get(''.join(place.suffixes[-2:]), _CALL_FOR.get(place.suffix, ''))}"
         )
     known = keras_hub.models.CausalLM.presets
@@ -470,10 +487,10 @@ def local_place(preset: str | Path) -> Path | None:
 
 # Which call takes a file that `load` does not, by the ends of its name.
 _CALL_FOR = {
-    ".keras": "Load it by keras.saving.load_model(file), then model.save_to_preset(folder).",
-    ".weights.h5": "Load its base, and gl.enable_lora as then; model.load_weights(file) reads it.",
-    ".lora.h5": "It is an adapter: gl.load_adapter(gl.load(base), file).",
-    ".safetensors": "Pass the folder that it is in; an adapter's to gl.load_adapter(model, ...).",
+    ".keras": " Load it by keras.saving.load_model(file), then model.save_to_preset(folder).",
+    ".weights.h5": " Load its base, without adapters: then model.load_weights(file) reads it.",
+    ".lora.h5": " It is an adapter: gl.load_adapter(gl.load(base), file).",
+    ".safetensors": " Pass the folder that it is in; an adapter's to gl.load_adapter(model, ...).",
 }
 
 

@@ -6,10 +6,14 @@ Every public function with options wears `with_options`. Whole numbers go throug
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from numbers import Integral
+from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+# No option counts beyond the largest number of 32 bits.
+_MOST = 2**31 - 1
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,13 +113,56 @@ def whole_number(name: str, value, *, least: int = 1) -> int:
     ValueError: epochs is a whole number, 1 or more. Received: epochs=1.5
 
     Raises:
-        ValueError: It is no whole number, or less than `least`.
+        ValueError: It is no whole number, or less than `least`, or more than any use.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(
             f"{name} is a whole number, {least} or more. Received: {name}={value!r:.80}"
         )
+    if value > _MOST:
+        raise ValueError(f"{name} is at most {_MOST:,}. Received: {name}={value!r:.80}")
     return int(value)
+
+
+def a_path(name: str, value) -> Path:
+    """Return an option that is a file or folder, with ~ for the user's own.
+
+    >>> a_path("folder", 5)
+    Traceback (most recent call last):
+    ...
+    TypeError: folder is a path, as text or a pathlib.Path. Received: int, 5
+
+    Raises:
+        TypeError: It is no path.
+    """
+    if not isinstance(value, str | Path):
+        raise TypeError(
+            f"{name} is a path, as text or a pathlib.Path. "
+            f"Received: {type(value).__name__}, {value!r:.60}"
+        )
+    return Path(value).expanduser()
+
+
+def some_texts(name: str, value) -> list[str]:
+    """Return one text or many as a list.
+
+    >>> some_texts("texts", [{"instruction": "Why?"}])
+    Traceback (most recent call last):
+    ...
+    TypeError: texts is a text, or a list of texts. Received: {'instruction': 'Why?'}
+
+    Raises:
+        TypeError: It is something else, or holds it.
+    """
+    if isinstance(value, str):
+        return [value]
+    # To go through a dict or a frame would give names of columns.
+    has_texts = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
+    texts = [*value] if has_texts and not hasattr(value, "columns") else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a text, or a list of texts. Received: {text!r:.80}")
+    return texts
 
 
 def one_of(name: str, value, choices: tuple[str, ...]) -> str:

@@ -265,9 +265,10 @@ def load_records(
         warnings.warn(
             f"Skipped {len(bad):,} of {len(bad) + len(good):,} rows:\n  {first_three}", stacklevel=3
         )
+    seed = checked_seed(seed)
     if held_out is None:
         return datasets.Dataset.from_list(good)
-    parts = _split(good, held_out, checked_seed(seed))
+    parts = _split(good, held_out, seed)
     return tuple(datasets.Dataset.from_list(part) for part in parts)
 
 
@@ -322,7 +323,8 @@ def _preset_of(model) -> str:
     # The attribute is `models.State`, which `gl.load` attaches. A Keras model that was
     # made otherwise has only its name.
     state = getattr(model, "gemma_lora", None)
-    preset = getattr(model, "name", None) if state is None else state.preset
+    is_model = hasattr(model, "backbone")
+    preset = getattr(model, "name", None) if state is None and is_model else state and state.preset
     if not isinstance(preset, str):
         raise TypeError(
             "load_data takes a model, or the name or folder of a preset. "
@@ -409,7 +411,7 @@ def as_prompts(prompts) -> tuple[bool, list]:
     )
     if isinstance(prompts, str) or (isinstance(prompts, Mapping) and not is_columns):
         return True, [_as_prompt(prompts)]
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) and not _is_frame(prompts):
         raise TypeError(
             "A prompt is a text, a record with an instruction, a chat, or a list of these. "
             f"Received: {type(prompts).__name__}"
@@ -488,6 +490,8 @@ def _rows(source, split: str) -> Iterator[tuple[str, object]]:
         if Path(source).is_file():
             yield from rows_of_file(Path(source))
             return
+        if Path(source).is_dir():
+            raise ValueError(f"{source} is a folder. Pass the file in it that has the records.")
         if not _names_a_data_set(source):
             raise FileNotFoundError(f"There is no file {str(source)!r} in {Path.cwd()}.")
         source = _from_hub(source, split)
@@ -613,6 +617,8 @@ def _names(row: Mapping, columns: Mapping[str, str]) -> dict[str, str | None]:
 
 def _which_columns(row: Mapping, given: str | None) -> str:
     """Say how to name the columns, if the row has two that could be meant."""
+    if {"role", "content"} <= {*row} or {"from", "value"} <= {*row}:
+        return " This is one message. A record holds a whole chat: {'messages': [...]}."
     texts = [name for name, value in row.items() if isinstance(value, str)]
     if given is not None or len(texts) < 2:
         return ""

@@ -260,7 +260,7 @@ def _task(
     if new_tokens is None:
         new_tokens = state_of(model).settings.max_new_tokens
     new_tokens = whole_number("max_new_tokens", new_tokens)
-    if template == "auto":
+    if isinstance(template, str) and template == "auto":
         template = template_of(model)
     ends = {tokenizer.id_of("<eos>")}
     if template is not None:
@@ -676,7 +676,8 @@ def chosen_sampler(
     greedy = options.get("temperature") == 0
     if sampler is None:
         sampler = _fitting_sampler(options, greedy)
-        options = {} if greedy else options
+        if greedy:
+            return _SAMPLERS[sampler]()
     if not isinstance(sampler, str) or sampler not in _SAMPLERS:
         raise ValueError(
             f"No sampler is named {sampler!r:.80}. There are: {', '.join(_SAMPLERS)}; or pass one "
@@ -699,17 +700,23 @@ def chosen_sampler(
 def _drawing_options(temperature, top_k, top_p) -> dict[str, float | int]:
     """Check the options that say how to draw; return them by KerasHub's names."""
     options = {}
-    for name, value, most in (("temperature", temperature, math.inf), ("top_p", top_p, 1)):
-        if value is None:
-            continue
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not 0 <= value <= most or (name == "top_p" and value == 0):
-            fit = "a number, 0 or more" if name == "temperature" else "above 0, and at most 1"
-            raise ValueError(f"{name} is {fit}. Received: {name}={value!r:.80}")
-        options["p" if name == "top_p" else name] = float(value)
+    if temperature is not None:
+        if not _is_number(temperature) or not 0 <= temperature < math.inf:
+            raise ValueError(
+                f"temperature is a number, 0 or more. Received: temperature={temperature!r:.80}"
+            )
+        options["temperature"] = float(temperature)
     if top_k is not None:
         options["k"] = whole_number("top_k", top_k)
+    if top_p is not None:
+        if not _is_number(top_p) or not 0 < top_p <= 1:
+            raise ValueError(f"top_p is above 0, and at most 1. Received: top_p={top_p!r:.80}")
+        options["p"] = float(top_p)
     return options
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _fitting_sampler(options: dict, greedy: bool) -> str:

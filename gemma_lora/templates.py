@@ -161,6 +161,11 @@ def get_template(template: str | Template) -> Template:
     """Look a template up by name; a `Template` is its own. Raises ValueError."""
     if isinstance(template, Template):
         return template
+    if not isinstance(template, str):
+        raise ValueError(
+            f"A template is a name ({', '.join(TEMPLATES)}) or a gl.Template of your own. "
+            f"Received: {type(template).__name__}, {template!r:.60}"
+        )
     if template not in TEMPLATES:
         raise ValueError(
             f"No template is named {template!r}. There are: {', '.join(TEMPLATES)}; or pass a "

@@ -281,7 +281,8 @@ def show_tokens(
         ValueError: As in `encode`.
     """
     tokenizer = tokenizer_of(model)
-    records = [records] if isinstance(records, Mapping) else list(records)
+    if isinstance(records, Mapping) and not any(isinstance(v, list) for v in records.values()):
+        records = [records]
     encoded = encode(
         tokenizer, records, template=template, sequence_length=sequence_length, loss_on=loss_on
     )

@@ -7,6 +7,7 @@ batches is in `tokens` and `batches`; what a run shows and saves is in `progress
 """
 
 import hashlib
+import math
 import signal
 import textwrap
 import threading
@@ -27,7 +28,7 @@ from keras_hub.models import CausalLM
 from gemma_lora import runtime
 from gemma_lora.batches import Batches
 from gemma_lora.checkpoints import Checkpoint, Checkpoints
-from gemma_lora.lora import adapter_weights, adapters_off, adopt, fingerprints
+from gemma_lora.lora import adapter_weights, adapters_off, adopt, check_not_empty, fingerprints
 from gemma_lora.loss import (
     TrainState,
     averages,
@@ -498,12 +499,14 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
 def _settings(model, chosen: dict, batch_size: int | None) -> Settings:
     """Return what is recommended for a model, with what the caller chose instead."""
     batch_tokens = chosen["batch_tokens"]
+    template = chosen["template"]
     if batch_size is not None and batch_tokens is not None:
         raise ValueError(
             "Choose one of batch_size and batch_tokens. Received: "
             f"batch_size={batch_size!r}, batch_tokens={batch_tokens!r}"
         )
-    chosen["template"] = chosen["template"] or template_of(model)
+    if template is None:
+        chosen["template"] = template_of(model)
     given = {name: value for name, value in chosen.items() if value is not None}
     for name in ("learning_rate", "weight_decay"):
         if name in given and (isinstance(given[name], bool) or not isinstance(given[name], Real)):
@@ -512,12 +515,14 @@ def _settings(model, chosen: dict, batch_size: int | None) -> Settings:
                 f"{getattr(recommended(model), name):g}. Received: {given[name]!r:.80}"
             )
     settings = replace(recommended(model), **given)
-    if not settings.learning_rate > 0:
+    if not 0 < settings.learning_rate < math.inf:
         raise ValueError(f"learning_rate is positive. Received: {settings.learning_rate!r}")
+    if not 0 <= settings.weight_decay < math.inf:
+        raise ValueError(f"weight_decay is 0 or more. Received: {settings.weight_decay!r}")
     # NumPy's numbers would not go into the record of the run.
     plain = {name: float(getattr(settings, name)) for name in ("learning_rate", "weight_decay")}
-    for name in ("batch_tokens", "sequence_length"):
-        plain[name] = whole_number(name, getattr(settings, name))
+    for name, least in (("batch_tokens", 1), ("sequence_length", 2)):
+        plain[name] = whole_number(name, getattr(settings, name), least=least)
     return replace(settings, **plain)
 
 
@@ -580,13 +585,14 @@ def _epochs_so_far(model) -> float:
 
 
 def _check_display(verbose) -> None:
-    if isinstance(verbose, bool) or verbose not in ("auto", 0, 1, 2):
+    if type(verbose) not in (str, int) or verbose not in ("auto", 0, 1, 2):
         raise ValueError(f'verbose is "auto", 0, 1 or 2. Received: verbose={verbose!r:.80}')
 
 
 def _checked_callbacks(callbacks) -> list[Callback]:
     """Return callbacks as a list; a single one may stand by itself."""
-    callbacks = [callbacks] if isinstance(callbacks, Callback) else [*callbacks]
+    several = isinstance(callbacks, list | tuple)
+    callbacks = [*callbacks] if several else [callbacks]
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ValueError(
@@ -608,6 +614,7 @@ def check_only_adapters_train(model) -> None:
         raise ValueError(
             "The model has no adapters to train. Call gl.enable_lora(model, rank=4) first."
         )
+    check_not_empty(model)
     training = {weight.path for weight in model.trainable_variables}
     extra = training - adapters
     frozen = adapters - training

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import families
 import jax
+import keras
 import numpy as np
 import pytest
 from families import FAMILIES
@@ -666,3 +667,50 @@ def test_stock_adapters_on_a_part_of_the_blocks_are_refused(tiny_factory, tmp_pa
     model.backbone.transformer_layers[0].attention.query_dense.enable_lora(2)
     with pytest.raises(ValueError, match="1 of the 4 layers query"):
         gl.save_adapter(model, tmp_path)
+
+
+def test_a_file_in_the_folder_stands_for_the_folder(tiny_factory, tmp_path):
+    model = tiny_factory()
+    gl.enable_lora(model)
+    randomize_adapters(model)
+    gl.save_adapter(model, tmp_path)
+    other = tiny_factory()
+    gl.load_adapter(other, tmp_path / "adapter.safetensors")
+    for weight, same in zip(model.trainable_variables, other.trainable_variables, strict=True):
+        assert np.array_equal(weight.numpy(), same.numpy())
+
+
+def test_what_keras_saves_during_a_run_can_be_read_again(tiny_factory, tmp_path):
+    model = tiny_factory()
+    gl.enable_lora(model)
+    file = tmp_path / "best.weights.h5"
+    keep = keras.callbacks.ModelCheckpoint(file, save_weights_only=True, monitor="loss")
+    gl.fit(model, [{"question": "Why?", "answer": "So."}], callbacks=keep, verbose=0)
+    other = tiny_factory()
+    with pytest.raises(ValueError, match=r"its adapter merged, .*model.load_weights\(file\)"):
+        gl.load_adapter(other, file)
+    other.load_weights(file)
+    assert np.allclose(logits(other), logits(model), atol=1e-4)
+
+
+def test_adapters_that_keras_has_emptied_are_not_trained_or_saved(tiny_factory, tmp_path):
+    """It merges what it loads into the kernels, and leaves zeros that cannot learn."""
+    model = tiny_factory()
+    gl.enable_lora(model)
+    model.save_weights(tmp_path / "all.weights.h5")
+    model.load_weights(tmp_path / "all.weights.h5")
+    with pytest.raises(ValueError, match=r"The adapters are empty, A and B are zero"):
+        gl.fit(model, [{"question": "Why?", "answer": "So."}], verbose=0)
+    with pytest.raises(ValueError, match=r"The adapters are empty, A and B are zero"):
+        gl.save_adapter(model, tmp_path / "adapter")
+
+
+def test_what_is_no_adapter_names_the_call_that_takes_it(tiny, tmp_path):
+    tiny.save_to_preset(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"holds a model, not an adapter"):
+        gl.load_adapter(tiny, tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("Water the basil.")
+    with pytest.raises(FileNotFoundError, match=r"notes.txt is no adapter"):
+        gl.load_adapter(tiny, tmp_path / "notes.txt")
+    with pytest.raises(TypeError, match=r"source is a path, as text or a pathlib.Path"):
+        gl.load_adapter(tiny, 5)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import namedtuple
 
@@ -338,3 +340,29 @@ def test_a_program_can_ask_for_one_check(kaggle):
     assert found["licence"] is next(row for row in found.rows if row["check"] == "licence")
     with pytest.raises(KeyError):
         found["nothing"]
+
+
+def test_a_machine_where_keras_hub_cannot_read_text_is_told_so():
+    """As on Windows, where nothing brings TensorFlow along. In a process of its own."""
+    script = """
+import importlib.machinery as machinery
+find = machinery.PathFinder.find_spec
+
+def without_tensorflow(name, path=None, target=None):
+    hidden = name.split(".")[0] in ("tensorflow", "tensorflow_text")
+    return None if hidden else find(name, path, target)
+
+machinery.PathFinder.find_spec = without_tensorflow
+import gemma_lora as gl
+gl.setup(seed=0)
+from gemma_lora.checks import _packages
+for preset in ("gemma_2b_en", "gemma3_270m"):
+    print(_packages(preset))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    older, newer = done.stdout.splitlines()[-2:]
+    assert "ok=True" in older
+    assert "ok=False" in newer
+    assert "KerasHub cannot read text here" in newer
+    assert "pip install tensorflow" in newer

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import os
 import signal
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
-from gemma_lora import training
+from gemma_lora import evaluation, training
 from gemma_lora.evaluation import Evaluation
 from gemma_lora.tiny.corpus import corpus
 
@@ -116,3 +117,55 @@ def test_distinct_counts_pairs_over_all_texts():
         gl.distinct(["a b"], n=0)
     with pytest.raises(ValueError, match="No text has 2 words"):
         gl.distinct(["", "one"])
+
+
+RIVER = {"instruction": "Name a river.", "response": "The Danube"}
+
+
+@pytest.mark.parametrize(
+    ("judge", "answers", "right"),
+    [
+        ("exact", ["The Danube", "The  Danube", "The Danube.", "the Danube"], 2),
+        ("starts", ["The Danube, in Europe", "It is The Danube"], 1),
+        ("contains", ["It is The\nDanube.", "A river"], 1),
+        (lambda answer, record: record["response"].lower() in answer.lower(), ["the danube!"], 1),
+        (lambda answer, record: np.bool_(len(answer) > 3), ["yes", "no, no"], 1),
+    ],
+)
+def test_answers_are_judged_as_one_asks(tiny, monkeypatch, judge, answers, right):
+    monkeypatch.setattr(evaluation, "answers_to", lambda *arguments: answers)
+    found = gl.evaluate(tiny, [RIVER] * len(answers), judge=judge)
+    assert (found.right, found.asked) == ({"all": right}, {"all": len(answers)})
+    assert found.judged in str(found)
+
+
+def test_a_judge_says_yes_or_no(tiny):
+    with pytest.raises(TypeError, match=r"A judge returns True or False. rouge returned 0.3"):
+
+        def rouge(answer, record):
+            return 0.3
+
+        gl.evaluate(tiny, [RIVER], judge=rouge, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r'"contains" or "starts". Received: judge=\'close\''):
+        gl.evaluate(tiny, [RIVER], judge="close")
+
+
+def test_questions_are_counted_while_they_are_answered(tiny, monkeypatch):
+    counted = []
+
+    @contextlib.contextmanager
+    def bar(what, total):
+        yield counted.append
+        counted.append((what, total))
+
+    monkeypatch.setattr(evaluation, "counted", bar)
+    rows = gl.load_tiny_world()[1].select(range(100))
+    gl.evaluate(tiny, rows, answers=True, max_new_tokens=2)
+    *batches, end = counted
+    assert (sum(batches), end) == (100, ("Questions", 100))
+    assert len(batches) > 1
+
+
+def test_plain_texts_are_no_records(tiny):
+    with pytest.raises(TypeError, match="texts is a text, or a list of texts"):
+        gl.perplexity(tiny, [RIVER])

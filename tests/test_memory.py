@@ -150,7 +150,7 @@ def test_a_model_a_folder_and_a_name_have_the_same_budget(tiny, tmp_path):
         ({"batch_size": 0}, "batch_size=0"),
         ({"sequence_length": -1}, "sequence_length=-1"),
         ({"prompts": True}, "prompts=True"),
-        ({"dtype": "int8"}, "float32, bfloat16"),
+        ({"dtype": "int8"}, '"float32", "bfloat16"'),
         ({"targets": "queries"}, "query"),
     ],
 )

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import keras
 import keras_hub
+import numpy as np
 import pytest
+import sentencepiece
+from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder
+from sentencepiece import sentencepiece_model_pb2
 
 import gemma_lora as gl
 from gemma_lora import models
+from gemma_lora.access.preset import proto_from_json
 from gemma_lora.lora import linear_layers
 
 
@@ -316,3 +321,134 @@ def test_a_quantized_preset_is_loaded_as_it_is(tiny_factory, tmp_path, mode):
     assert {layer.quantization_mode for layer in linear_layers(again).values()} == {mode}
     question = "What is the capital of France?"
     assert gl.generate(again, question) == gl.generate(model, question)
+
+
+# Presets that KerasHub loads otherwise, or not at all
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tmp_path_factory):
+    """A folder with a Gemma 3 that has a part for pictures, and the model itself."""
+    tokenizer = keras_hub.models.Gemma3Tokenizer(
+        proto=(models.TINY_FOLDER / "assets/tokenizer/vocabulary.spm").read_bytes(),
+        has_vision_tokens=False,
+    )
+    encoder = Gemma3VisionEncoder(
+        image_size=16,
+        patch_size=4,
+        pool_size=2,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        output_dim=32,
+    )
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        image_size=16,
+        vision_encoder=encoder,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=64,
+        head_dim=8,
+        use_query_key_norm=True,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        use_sliding_window_attention=True,
+        sliding_window_size=16,
+    )
+    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(
+        tokenizer=tokenizer, image_converter=None, sequence_length=64
+    )
+    model = keras_hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+    folder = tmp_path_factory.mktemp("pictures")
+    model.save_to_preset(folder)
+    return folder, model
+
+
+def test_of_a_gemma_3_with_pictures_the_text_part_is_loaded_and_trained(with_pictures):
+    folder, whole = with_pictures
+    model = gl.load(folder)
+    assert model.backbone.vision_encoder is None
+    pairs = zip(model.backbone.transformer_layers, whole.backbone.transformer_layers, strict=True)
+    for layer, other in [*pairs, (model.backbone.layer_norm, whole.backbone.layer_norm)]:
+        for weight, same in zip(layer.weights, other.weights, strict=True):
+            assert np.array_equal(weight.numpy(), same.numpy())
+    budget = gl.memory_budget(folder, compile=False)
+    assert budget.vision
+    assert budget.parameters == model.count_params()
+    gl.enable_lora(model)
+    rows = [{"question": "Why?", "answer": "So."}] * 4
+    assert gl.fit(model, rows, validation=rows, verbose=0).history["loss"][0] > 0
+    assert isinstance(gl.generate(model, "Why?", max_new_tokens=2), str)
+
+
+def test_a_vocabulary_in_json_alone_gives_the_same_tokens(tmp_path):
+    """As Transformers 5 saves it; the file is made here from the vocabulary."""
+    own = gl.load_tokenizer()
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((models.TINY_FOLDER / "assets/tokenizer/vocabulary.spm").read_bytes())
+    content = tokenizer_json(proto)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto_from_json(content))
+    train, held_out = gl.load_tiny_world()
+    texts = [row["response"] for row in [*train, *held_out]]
+    texts += ["naïve  café\n\n日本 <start_of_turn>user\nHi<end_of_turn> 12 \t x", " so", "<bos>"]
+    for text in texts:
+        assert pieces.encode(text) == own.encode([text])
+
+
+def tokenizer_json(proto) -> dict:
+    """Write a SentencePiece vocabulary as Transformers does: pairs in their order."""
+    kinds = proto.SentencePiece
+    scores = {p.piece: p.score for p in proto.pieces if p.type == kinds.NORMAL}
+    vocabulary = {p.piece: number for number, p in enumerate(proto.pieces)}
+    merges = []
+    for piece in sorted(scores, key=scores.__getitem__, reverse=True):
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        merges += [f"{a} {b}" for a, b in cuts if a in vocabulary and b in vocabulary]
+    added = [
+        {"id": number, "content": p.piece}
+        for number, p in enumerate(proto.pieces)
+        if p.type in (kinds.CONTROL, kinds.USER_DEFINED, kinds.UNKNOWN)
+    ]
+    model = {"type": "BPE", "byte_fallback": True, "vocab": vocabulary, "merges": merges}
+    return {"model": model, "added_tokens": added}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"type": "WordPiece"}}, "no tokenizer like Gemma's .* type 'WordPiece'"),
+        (
+            {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}},
+            "has no <pad>",
+        ),
+    ],
+)
+def test_another_kind_of_vocabulary_is_said(content, message):
+    with pytest.raises(ValueError, match=message):
+        proto_from_json(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("model.keras", "keras.saving.load_model"),
+        ("best.weights.h5", r"model.load_weights\(file\)"),
+        ("mine.lora.h5", "gl.load_adapter"),
+        ("adapter.safetensors", "Pass the folder"),
+    ],
+)
+def test_a_file_that_is_no_preset_names_the_call_that_takes_it(tmp_path, name, call):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=call):
+        gl.load(tmp_path / name)
+
+
+def test_a_preset_is_a_name_or_a_path():
+    with pytest.raises(TypeError, match=r"A preset is a name such as .* Received: list, \['a'\]"):
+        gl.load(["a"])
+    with pytest.raises(ValueError, match="dtype is a Keras dtype policy, such as"):
+        gl.load(dtype="half")

@@ -180,3 +180,33 @@ def test_a_curve_goes_on_from_what_another_process_saved():
         second.after_step(one)
     assert len(whole.so_far()) == 20
     assert second.so_far() == whole.so_far()
+
+
+def test_counting_shows_a_bar_that_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(progress, "_DELAY", 0.0)
+    monkeypatch.setitem(progress._PAUSE, "notebook", 0.0)
+    monkeypatch.setattr(progress, "_place", lambda: "notebook")
+    seen = []
+
+    class Handle:
+        def update(self, data, raw):
+            seen.append(data)
+
+    def display(data, raw, display_id):
+        seen.append(data)
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    with progress.counted("Questions", 4) as count:
+        count(1)
+        count(2)
+        count(1)
+    first, *bars, last = seen
+    assert (first, last) == ({}, {})
+    assert [re.search(r"Questions .* (\d)/4", bar["text/plain"])[1] for bar in bars] == ["1", "3"]
+
+
+def test_counting_of_quick_work_shows_nothing(capsys):
+    with progress.counted("Questions", 4) as count:
+        count(4)
+    assert capsys.readouterr().out == ""

@@ -178,7 +178,12 @@ def test_the_small_model_gets_its_whole_world_whatever_else_is_asked_for(tiny, t
 
 @pytest.mark.parametrize(
     "model",
-    [model_of("gemma_2b_en"), "gemma_2b_en", Path("my/gemma"), SimpleNamespace(name="my_gemma")],
+    [
+        model_of("gemma_2b_en"),
+        "gemma_2b_en",
+        Path("my/gemma"),
+        SimpleNamespace(name="my_gemma", backbone=None),
+    ],
 )
 def test_any_other_model_gets_dolly_with_the_same_options(model):
     train, held_out = load_data(model, rows=20, held_out=11)
@@ -867,3 +872,68 @@ def test_a_dict_of_splits_is_named():
     data = datasets.DatasetDict(train=datasets.Dataset.from_list(TWO))
     with pytest.raises(TypeError, match=r"DatasetDict with the splits train.*data\['train'\]"):
         load_records(data)
+
+
+# Held-out records
+
+
+ASKED_OFTEN = [
+    {"question": f"Is {n // 2} odd{'?' if n % 2 else ' ?'}", "answer": f"Look at {n}."}
+    for n in range(40)
+]
+
+
+@pytest.mark.parametrize(("held_out", "count"), [(0.1, 4), (0.25, 10), (7, 6), (1, None)])
+def test_records_are_split_without_a_question_on_both_sides(held_out, count):
+    if count is None:
+        with pytest.raises(ValueError, match="leaves nothing on one side"):
+            load_records(ASKED_OFTEN, held_out=held_out)
+        return
+    train, others = load_records(ASKED_OFTEN, held_out=held_out, seed=0)
+    assert (len(train), len(others)) == (40 - count, count)
+    questions = [{"".join(row["instruction"].split()) for row in part} for part in (train, others)]
+    assert not questions[0] & questions[1]
+    again = load_records(ASKED_OFTEN, held_out=held_out, seed=0)
+    assert [row["response"] for row in again[1]] == [row["response"] for row in others]
+    another = load_records(ASKED_OFTEN, held_out=held_out, seed=1)
+    assert [row["response"] for row in another[1]] != [row["response"] for row in others]
+
+
+@pytest.mark.parametrize("held_out", [0, -1, 40, 1.5, "a tenth", True, float("nan"), 0.001])
+def test_what_cannot_be_held_out_is_said(held_out):
+    with pytest.raises(ValueError, match="held_out"):
+        load_records(ASKED_OFTEN, held_out=held_out)
+
+
+@settings(max_examples=40)
+@given(
+    questions=st.lists(st.sampled_from("abcdef"), min_size=2, max_size=30),
+    share=st.floats(0.05, 0.95),
+    seed=st.integers(0, 100),
+)
+def test_a_split_keeps_every_record_and_leaks_none(questions, share, seed):
+    rows = [{"question": q, "answer": f"So {n}."} for n, q in enumerate(questions)]
+    try:
+        train, held_out = load_records(rows, held_out=share, seed=seed)
+    except ValueError as error:
+        assert "leaves nothing" in str(error)
+        return
+    assert sorted([*train["response"], *held_out["response"]]) == sorted(r["answer"] for r in rows)
+    assert not set(train["instruction"]) & set(held_out["instruction"])
+    assert len(held_out) <= round(share * len(rows))
+
+
+def test_of_dolly_a_number_of_rows_is_held_out():
+    with pytest.raises(ValueError, match=r"held_out is a number of rows. Received: held_out=0.1"):
+        load_dolly(held_out=0.1)
+
+
+def test_messages_of_one_chat_are_no_rows():
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    with pytest.raises(ValueError, match=r"This is one message. A record holds a whole chat"):
+        load_records(chat)
+
+
+def test_a_folder_is_no_file_of_records(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder. Pass the file in it"):
+        load_records(tmp_path)

@@ -429,3 +429,48 @@ def test_what_cannot_be_streamed_is_said(tiny):
         next(gl.stream(tiny, QUESTION, sampler="beam"))
     with pytest.raises(ValueError, match="A prompt is text"):
         next(gl.stream(tiny, ""))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "values"),
+    [
+        ({}, "GreedySampler", {}),
+        ({"temperature": 0}, "GreedySampler", {}),
+        ({"temperature": 0.7}, "RandomSampler", {"temperature": 0.7}),
+        ({"top_k": np.int64(40)}, "TopKSampler", {"k": 40, "temperature": 1.0}),
+        ({"top_p": 0.8, "top_k": 40}, "TopPSampler", {"p": 0.8, "k": 40}),
+        ({"sampler": "top_k", "temperature": 2}, "TopKSampler", {"k": 5, "temperature": 2.0}),
+        ({"sampler": "top_p"}, "TopPSampler", {"p": 0.9, "k": None}),
+        ({"sampler": "beam"}, "BeamSampler", {"num_beams": 5}),
+    ],
+)
+def test_options_choose_the_sampler(options, kind, values):
+    sampler = sampling.chosen_sampler(**{"sampler": None} | options)
+    assert type(sampler).__name__ == kind
+    assert {name: getattr(sampler, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": "greedy", "temperature": 0.7}, "sampler='greedy' takes no temperature"),
+        ({"sampler": "random", "top_p": 0.7}, "takes no top_p. These do: top_p"),
+        ({"sampler": "top_k", "temperature": 0}, "takes the likeliest token, but"),
+        ({"sampler": keras_hub.samplers.RandomSampler(), "top_k": 2}, "has options of its own"),
+        ({"temperature": -1}, "temperature is a number, 0 or more"),
+        ({"top_p": 0}, "top_p is above 0, and at most 1"),
+        ({"top_k": 4096}, "top_k is at most 2,048"),
+    ],
+)
+def test_options_that_do_not_go_together_are_said(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        gl.generate(tiny, QUESTION, **options)
+
+
+def test_a_temperature_near_zero_is_greedy_and_a_high_one_is_not(tiny):
+    greedy = gl.generate(tiny, QUESTION, max_new_tokens=8)
+    assert gl.generate(tiny, QUESTION, max_new_tokens=8, temperature=0) == greedy
+    assert gl.generate(tiny, QUESTION, max_new_tokens=8, temperature=1e-3) == greedy
+    assert gl.generate(tiny, QUESTION, max_new_tokens=8, temperature=5.0) != greedy
+    streamed = "".join(gl.stream(tiny, QUESTION, max_new_tokens=8, temperature=0.7, seed=3))
+    assert gl.generate(tiny, QUESTION, max_new_tokens=8, temperature=0.7, seed=3) == streamed

@@ -1,5 +1,7 @@
 """Tables and tokens, in a terminal and in a notebook."""
 
+import pytest
+
 from gemma_lora.tables import Table, TokenView
 
 
@@ -49,3 +51,17 @@ def test_tokens_in_colour_are_escaped_and_counted():
     assert "&lt;b&gt;" in view._repr_html_()
     assert "<b>" not in view._repr_html_()
     assert str(view).splitlines() == ["2 read, 1 learned, 1 padding", "<b> [▁x]", "y ·"]
+
+
+def test_a_table_is_as_handy_as_a_list_of_rows():
+    table = Table([{"a": 1, "b": "x"}, {"a": 2, "b": "y"}])
+    assert (len(table), table.columns, table["b"], table[1]) == (
+        2,
+        ["a", "b"],
+        ["x", "y"],
+        {"a": 2, "b": "y"},
+    )
+    assert [row["a"] for row in table] == [1, 2]
+    assert table.to_pandas()["a"].sum() == 3
+    with pytest.raises(KeyError, match=r"No column is named 'c'. There are: \['a', 'b'\]"):
+        table["c"]

@@ -2,6 +2,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -371,3 +373,112 @@ def test_texts_are_no_records(tiny_lora):
     ) as raised:
         gl.fit(tiny_lora, ["Instruction:\nName a river.\n\nResponse:\nThe Sava."])
     assert "skip" not in str(raised.value)
+
+
+def test_a_second_run_says_what_the_adapters_have_learned(tiny_lora, world, capsys):
+    rows = world[0].select(range(8))
+    gl.fit(tiny_lora, rows, epochs=2)
+    assert "Before, these adapters" not in capsys.readouterr().out
+    gl.fit(tiny_lora, rows)
+    assert (
+        "Before, these adapters were trained for 2 epochs. They go on." in capsys.readouterr().out
+    )
+    run = tiny_lora.gemma_lora.run
+    assert (run["epochs"], run["earlier_epochs"]) == (1, 2)
+    assert "for 1 epoch, after 2 epochs before" in gl.model_card(tiny_lora)
+    gl.remove_adapter(tiny_lora)
+    gl.enable_lora(tiny_lora)
+    gl.fit(tiny_lora, rows)
+    assert "earlier_epochs" not in tiny_lora.gemma_lora.run
+
+
+def test_after_ctrl_c_record_and_card_tell_the_steps_that_were_done(tiny_lora, world, monkeypatch):
+    class Press(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    rows = world[0].select(range(40))
+    gl.fit(tiny_lora, rows, validation=rows.select(range(2)), callbacks=Press(), verbose=0)
+    run = tiny_lora.gemma_lora.run
+    steps = round(run["steps"] / run["epochs"])
+    assert run["steps"] == 3
+    assert run["epochs"] == round(3 / steps, 4) < 1
+    assert "held_out_loss" not in run
+    assert f"for {run['epochs']:g} epochs (3 steps), then stopped" in gl.model_card(tiny_lora)
+
+
+def test_what_is_returned_and_remembered_can_be_read(tiny_lora, world):
+    history = gl.fit(tiny_lora, world[0].select(range(8)), epochs=2, verbose=0)
+    assert str(history).splitlines()[0].split() == ["epoch", "accuracy", "loss"]
+    assert history.table()["epoch"] == [1, 2]
+    assert history.to_pandas()["loss"].iloc[-1] == history.history["loss"][-1]
+    state = repr(tiny_lora.gemma_lora)
+    assert state.splitlines() == [
+        "tiny_gemma_en, asked with the template 'recipe'",
+        "adapters of rank 4 on query, value (.lora has more)",
+        "trained on 8 records for 2 epochs (.run has more)",
+    ]
+    table = tiny_lora.gemma_lora.run.table()
+    assert dict(zip(table["what"], table["value"], strict=True))["rows"] == 8
+    assert repr(gl.load_tokenizer()).startswith("Tokenizer of 2,048 tokens")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation": 0.1}, r"validation holds records, not a share .* held_out=0.1\) splits"),
+        ({"callbacks": [5]}, "callbacks holds objects of keras.callbacks"),
+        ({"verbose": 3}, 'verbose is "auto", 0, 1 or 2'),
+        ({"weight_decay": -1}, "weight_decay is 0 or more"),
+        ({"epochs": 10**30}, "epochs is at most 2,147,483,647"),
+    ],
+)
+def test_what_makes_no_sense_is_said_before_anything_is_done(tiny_lora, world, options, message):
+    with pytest.raises(ValueError, match=message):
+        gl.fit(tiny_lora, world[0].select(range(2)), **options)
+
+
+def test_numbers_may_be_numpys(tiny_lora, world):
+    gl.fit(
+        tiny_lora,
+        world[0].select(range(4)),
+        epochs=np.int64(1),
+        sequence_length=np.int32(64),
+        batch_size=np.int64(2),
+        learning_rate=np.float32(1e-3),
+        verbose=0,
+    )
+    assert json.dumps(tiny_lora.gemma_lora.run | {"template": None})
+
+
+@pytest.mark.full
+def test_with_keras_data_parallel_the_run_is_that_of_one_device(tmp_path):
+    """In processes of their own: JAX counts its devices once."""
+    script = """
+import sys, gemma_lora as gl
+gl.setup(seed=0)
+import keras
+if sys.argv[1] == "2":
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 2
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+model = gl.load()
+gl.enable_lora(model)
+rows = gl.load_tiny_world()[0].select(range(20))
+print(gl.fit(model, rows, batch_size=3, verbose=0).history["loss"][0])
+print(gl.generate(model, "Name a river.", max_new_tokens=4))
+"""
+    said = {}
+    for count in ("1", "2"):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        done = subprocess.run(
+            [sys.executable, "-c", script, count],
+            env=os.environ | {"XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said[count] = done.stdout.splitlines()
+    assert float(said["1"][0]) == pytest.approx(float(said["2"][0]), rel=1e-5)
+    assert said["1"][1] == said["2"][1]

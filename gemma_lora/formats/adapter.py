@@ -28,6 +28,7 @@ from gemma_lora.lora import (
     LoraSummary,
     Targets,
     adopt,
+    check_not_empty,
     detach,
     enable_lora,
     fingerprints,
@@ -38,7 +39,7 @@ from gemma_lora.lora import (
     target_names,
 )
 from gemma_lora.models import Run, one_at_a_time, state_of, template_of
-from gemma_lora.options import with_options
+from gemma_lora.options import a_path, with_options
 from gemma_lora.templates import Template, get_template
 
 FORMAT = 2
@@ -97,7 +98,8 @@ def save_adapter(model: CausalLM, folder: str | Path) -> Path:
         raise ValueError(
             "The model has no adapters to save. Call gl.enable_lora(model) and gl.fit() first."
         )
-    folder = Path(folder).expanduser()
+    check_not_empty(model)
+    folder = a_path("folder", folder)
     description = {
         "format": FORMAT,
         **describe(model),
@@ -150,6 +152,7 @@ def load_adapter(
         ValueError: If the adapter was cut or altered, or belongs to another base; the
             text says what differs. The model stays as it was.
     """
+    a_path("source", source)
     description, tensors = _read(model, source)
     if Path(source).suffix == ".h5":
         targets = targets or "query_value"
@@ -355,8 +358,8 @@ def _read_keras(model, path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     with h5py.File(path) as file:
         if "lora" not in file:
             raise ValueError(
-                "it holds a model's weights, as Keras's ModelCheckpoint saves them. With the "
-                "adapters of that run on the model, model.load_weights(file) reads it"
+                "it holds a whole model, its adapter merged, as Keras's ModelCheckpoint saves it. "
+                "model = gl.load(base), without adapters, and model.load_weights(file) read it"
             )
         saved = file["lora"]
         rank = int(saved["vars"]["rank"][()])

@@ -19,7 +19,7 @@ from keras_hub.models import CausalLM
 
 from gemma_lora.lora import LoraSummary, fingerprints
 from gemma_lora.models import TINY_VOCABULARY, epochs_in_words, state_of
-from gemma_lora.options import with_options
+from gemma_lora.options import one_of, with_options
 
 # For each kind of folder: the library that reads it, and the lines that load it.
 _LIBRARY = {
@@ -100,8 +100,7 @@ def model_card(
     Raises:
         ValueError: `kind` is anything else.
     """
-    if kind not in _LOAD:
-        raise ValueError(f"A card's kind is one of {', '.join(_LOAD)}. Received: {kind!r}")
+    one_of("kind", kind, (*_LOAD,))
     state = state_of(model)
     merged = state.merged
     lora = state.lora or (merged and merged.lora)

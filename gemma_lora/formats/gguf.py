@@ -40,7 +40,7 @@ from gemma_lora.formats.peft import has_heads, lora_to_export, to_peft
 from gemma_lora.formats.transformers import Exported, chat_template, matrix, transformers_config
 from gemma_lora.lora import kernel_shape, lora_layers, merged_kernel
 from gemma_lora.models import note_of, template_of
-from gemma_lora.options import with_options
+from gemma_lora.options import a_path, with_options
 from gemma_lora.runtime import quiet
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
@@ -472,7 +472,7 @@ def export_gguf(
             has no adapter.
         RuntimeError: The file that was written differs from the model.
     """
-    path = Path(path).expanduser()
+    path = a_path("path", path)
     _check_options(path, dtype)
     config = transformers_config(model)
     family = config["model_type"].removesuffix("_text")

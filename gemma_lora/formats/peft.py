@@ -35,7 +35,7 @@ from gemma_lora.formats.card import describe, model_card, write_card, write_file
 from gemma_lora.formats.transformers import NAMES, Exported, sizes
 from gemma_lora.lora import LoraSummary, adopt, kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import NOTE
-from gemma_lora.options import with_options
+from gemma_lora.options import a_path, with_options
 
 # The base, and the record of training: PEFT's own files have no place for them.
 DESCRIPTION_FILE = NOTE
@@ -90,7 +90,7 @@ def export_peft(model: CausalLM, folder: str | Path, *, base: str | Path = "") -
         ValueError: If the model has no adapters.
     """
     lora = lora_to_export(model)
-    folder = Path(folder).expanduser()
+    folder = a_path("folder", folder)
     blocks = [block.name for block in model.backbone.transformer_layers]
     factors = {}
     for path, layer in lora_layers(model).items():

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from gemma_lora.formats.card import model_card, write_card, write_file, write_json
 from gemma_lora.lora import kernel_shape, linear_layers, merged_kernel
 from gemma_lora.models import template_of, write_note
-from gemma_lora.options import with_options
+from gemma_lora.options import a_path, with_options
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template
@@ -437,7 +437,7 @@ def export_transformers(
         RuntimeError: If Transformers reads other token ids, logits or answers.
     """
     config = transformers_config(model)
-    folder = Path(folder).expanduser()
+    folder = a_path("folder", folder)
     old_config = folder / "config.json"
     if old_config.is_file() and MADE_BY not in old_config.read_text("utf-8"):
         raise ValueError(f"{folder} holds a model that gl did not export. Choose another folder.")

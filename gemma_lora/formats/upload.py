@@ -19,7 +19,7 @@ from gemma_lora.access.fetch import AccessError, Source, access_error
 from gemma_lora.access.kaggle import THREE_WAYS, hide, share_colab_secrets
 from gemma_lora.formats.adapter import ADAPTER_FILE, described_base, embedded_text
 from gemma_lora.models import TINY, TINY_VOCABULARY
-from gemma_lora.options import with_options
+from gemma_lora.options import a_path, with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 _ADDRESS = r"kaggle://[\w-]+/[\w-]+/\w+/[\w.-]+|hf://[\w.-]+/[\w.-]+"
@@ -109,7 +109,8 @@ def upload(
         RuntimeError: It could not be sent. The text says why and what to do; `reason`
             says it in one word.
     """
-    source, folder = _source(uri), Path(folder).expanduser()
+    source = _source(uri)
+    folder = a_path("folder", folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}. Save a model first: gl.save_adapter(model, folder)."

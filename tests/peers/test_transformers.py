@@ -5,6 +5,7 @@ import pytest
 
 import gemma_lora as gl
 from gemma_lora.lora import lora_layers
+from gemma_lora.models import TINY_FOLDER
 from gemma_lora.tokens import encode, tokenizer_of
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -87,3 +88,62 @@ def test_peft_and_keras_agree_on_the_update(random_model):
     with torch.no_grad():
         theirs = wrapped(torch.tensor(x)).numpy()
     assert np.abs(np.asarray(layer(x))[:, :, head] - theirs).max() < 1e-5
+
+
+def test_a_folder_that_transformers_has_saved_again_is_loaded(tiny, tmp_path):
+    """Transformers 5 saves the vocabulary as tokenizer.json alone."""
+    gl.export_transformers(tiny, tmp_path / "ours")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs/tokenizer.model").exists()
+    again = gl.load(tmp_path / "theirs")
+    own = tokenizer_of(tiny)
+    texts = [row["response"] for row in gl.load_tiny_world()[1]]
+    for text in [*texts, "naïve  café\n\n日本 <start_of_turn>user\nHi 12 \t x"]:
+        assert tokenizer_of(again).encode([text]) == own.encode([text])
+    prompt = "The capital of France is"
+    assert gl.generate(again, prompt, max_new_tokens=8) == gl.generate(
+        tiny, prompt, max_new_tokens=8
+    )
+    budget = gl.memory_budget(tmp_path / "theirs", compile=False)
+    assert budget.parameters == tiny.count_params()
+
+
+def test_of_a_gemma_3_with_pictures_the_text_part_computes_the_same(tmp_path):
+    text = {
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 8,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    vocabulary = TINY_FOLDER / "assets/tokenizer/vocabulary.spm"
+    (tmp_path / "tokenizer.model").write_bytes(vocabulary.read_bytes())
+    model = gl.load(tmp_path)
+    assert model.backbone.vision_encoder is None
+    assert gl.memory_budget(tmp_path, compile=False).parameters == model.count_params()
+    ids = np.random.default_rng(0).integers(8, 2048, (1, 24))
+    ours = np.asarray(model({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    with torch.no_grad():
+        theirs = whole(input_ids=torch.tensor(ids)).logits.numpy()
+    assert np.abs(ours - theirs).max() < 1e-4
