@@ -32,7 +32,7 @@ _NAMES_IN = {
     "access.kaggle": ("find_credentials", "kaggle_login"),
     "records": ("COLUMNS", "load_data", "load_dolly", "load_records"),
     "tiny.questions": ("load_tiny_world",),
-    "templates": ("TEMPLATES", "Template"),
+    "templates": ("TEMPLATES", "Template", "get_template"),
     "models": ("load", "recommended"),
     "tokens": ("load_tokenizer", "shift_for_next_token", "encode", "show_tokens"),
     "lora": ("enable_lora", "adapters_off", "merge", "remove_adapter"),
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
     from gemma_lora.runtime import override_parameters, setup
     from gemma_lora.sampling import generate, stream
     from gemma_lora.tables import Table
-    from gemma_lora.templates import TEMPLATES, Template
+    from gemma_lora.templates import TEMPLATES, Template, get_template
     from gemma_lora.tiny.questions import load_tiny_world
     from gemma_lora.tokens import encode, load_tokenizer, shift_for_next_token, show_tokens
     from gemma_lora.training import fit

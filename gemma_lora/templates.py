@@ -158,7 +158,20 @@ def named(template: str | Template) -> str | Template:
 
 
 def get_template(template: str | Template) -> Template:
-    """Look a template up by name; a `Template` is its own. Raises ValueError."""
+    """Look a template up by name; a `Template` is its own.
+
+    >>> print(get_template("turns").prompt("Why?"))
+    <start_of_turn>user
+    Why?<end_of_turn>
+    <start_of_turn>model
+    <BLANKLINE>
+
+    Args:
+        template: One of `TEMPLATES`, or what `recommended(model).template` holds.
+
+    Raises:
+        ValueError: There is no such template.
+    """
     if isinstance(template, Template):
         return template
     if not isinstance(template, str):

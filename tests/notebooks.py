@@ -182,6 +182,9 @@ def save() -> int:
             notebook.metadata.pop(name, None)
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":
+                # A bar that counted has left an empty output.
+                cell.outputs = [o for o in cell.outputs if o.get("data", True)]
         nbformat.write(notebook, path)
         if path == NOTEBOOKS[0]:
             README_PICTURE.parent.mkdir(exist_ok=True)

@@ -352,7 +352,7 @@ def without_tensorflow(name, path=None, target=None):
     hidden = name.split(".")[0] in ("tensorflow", "tensorflow_text")
     return None if hidden else find(name, path, target)
 
-machinery.PathFinder.find_spec = without_tensorflow
+machinery.PathFinder.find_spec = staticmethod(without_tensorflow)
 import gemma_lora as gl
 gl.setup(seed=0)
 from gemma_lora.checks import _packages
