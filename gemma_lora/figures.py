@@ -97,7 +97,9 @@ def plot_lora(model: CausalLM, path: str | None = None) -> Figure:
         ValueError: No layer of this path has an adapter.
     """
     layers = lora_layers(model)
-    if not layers or (path is not None and path not in layers):
+    if not layers:
+        raise ValueError("The model has no adapters to draw. Call gl.enable_lora(model) first.")
+    if path is not None and path not in layers:
         raise ValueError(
             f"path is a layer that has an adapter, one of {[*layers]}. Received: {path!r}"
         )

@@ -38,6 +38,16 @@ ALL_LINEAR = (*ATTENTION, "ffw_gating", "ffw_gating_2", "ffw_linear")
 
 # The usual choices, by name. Keras's own `enable_lora` takes query and value.
 TARGETS = {"query_value": ("query", "value"), "all_linear": ALL_LINEAR}
+# What Transformers calls them.
+NAMES_IN_TRANSFORMERS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.o_proj",
+    "ffw_gating": "mlp.gate_proj",
+    "ffw_gating_2": "mlp.up_proj",
+    "ffw_linear": "mlp.down_proj",
+}
 Targets: TypeAlias = Literal["query_value", "all_linear"] | Sequence[str]
 
 # How many values of each kernel enter the fingerprint of a base.
@@ -282,6 +292,8 @@ def resolve_targets(targets, present: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in present:
             similar = difflib.get_close_matches(str(name), [*present, *TARGETS], n=1)
+            parts = {full.split(".")[-1]: ours for ours, full in NAMES_IN_TRANSFORMERS.items()}
+            similar = [parts[name]] if name in parts else similar
             hint = f" Did you mean {similar[0]!r}?" if similar else ""
             raise ValueError(
                 f"No layer is named {name!r}. This model's LoRA targets are: "

@@ -475,11 +475,11 @@ def local_place(preset: str | Path) -> Path | None:
     if "/" not in name:
         plain = {_plain(preset): preset for preset in (TINY, *gemmas)}
         similar = [plain[match] for match in difflib.get_close_matches(_plain(name), plain, n=2)]
-        hint = f"Did you mean {' or '.join(map(repr, similar))}? " if similar else ""
-        raise ValueError(
-            f"No preset or folder is named {name!r}. {hint}There are: {TINY}, "
-            f"{', '.join(gemmas)}; see keras.io/keras_hub."
-        )
+        if similar:
+            hint = f"Did you mean {' or '.join(map(repr, similar))}?"
+        else:
+            hint = f"There are: {TINY}, {', '.join(gemmas)};"
+        raise ValueError(f"No preset or folder is named {name!r}. {hint} See keras.io/keras_hub.")
     site = {2: "hf", 4: "kaggle"}.get(len(name.split("/")))
     hint = f" Online it is {site}://{name}, if it is there." if site and name[0].isalnum() else ""
     raise ValueError(f"There is no folder or preset {name!r}.{hint}")

@@ -622,7 +622,8 @@ def _which_columns(row: Mapping, given: str | None) -> str:
     texts = [name for name, value in row.items() if isinstance(value, str)]
     if given is not None or len(texts) < 2:
         return ""
-    return f" Say which they are: columns={dict(zip(_REQUIRED, texts, strict=False))}."
+    names = dict(zip(_REQUIRED, texts, strict=False))
+    return f" Say which they are: gl.load_records(..., columns={names})."
 
 
 def _unused(row: Mapping, columns: Mapping[str, str]) -> list[str]:

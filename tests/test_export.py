@@ -15,7 +15,7 @@ from test_lora import logits, randomize_adapters
 import gemma_lora as gl
 from gemma_lora.formats import card as cards
 from gemma_lora.formats import transformers as transformers_format
-from gemma_lora.lora import linear_layers, lora_layers, merged_kernel
+from gemma_lora.lora import NAMES_IN_TRANSFORMERS, linear_layers, lora_layers, merged_kernel
 from gemma_lora.templates import TEMPLATES
 from gemma_lora.tokens import tokenizer_of
 
@@ -354,7 +354,7 @@ def test_one_rank_and_one_alpha_give_every_module_its_scale(random_model, tmp_pa
         for path, layer in lora_layers(model).items():
             if not path.startswith(f"{block.name}/"):
                 continue
-            name = f"base_model.model.model.layers.{index}.{transformers_format.NAMES[layer.name]}"
+            name = f"base_model.model.model.layers.{index}.{NAMES_IN_TRANSFORMERS[layer.name]}"
             down, up = (tensors[f"{name}.lora_{part}.weight"] for part in "AB")
             update = np.asarray(merged_kernel(layer)) - np.asarray(layer._kernel)
             expected = transformers_format.matrix(layer, update)

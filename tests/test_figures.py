@@ -131,5 +131,5 @@ def test_figures_refuse_what_they_cannot_show(tiny):
         gl.plot_bars({})
     with pytest.raises(ValueError, match="asked the same"):
         gl.plot_before_after(*asked)
-    with pytest.raises(ValueError, match="a layer that has an adapter"):
+    with pytest.raises(ValueError, match="The model has no adapters to draw"):
         gl.plot_lora(tiny)

@@ -233,3 +233,12 @@ def test_a_fingerprint_is_that_of_the_base(random_model):
 def randomize_adapters(model, seed=0):
     """Draw A and B as after training: B is zero before."""
     randomize(adapter_weights(model), seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("q_proj", "query"), ("down_proj", "ffw_linear"), ("all-linear", "all_linear")],
+)
+def test_names_of_peft_are_told_by_ours(tiny, name, ours):
+    with pytest.raises(ValueError, match=f"No layer is named '{name}'.* Did you mean '{ours}'"):
+        gl.enable_lora(tiny, targets=[name])

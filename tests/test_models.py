@@ -233,7 +233,7 @@ def test_a_model_that_gl_did_not_load_is_welcome(random_model):
 
 def test_an_unknown_name_shows_the_gemmas():
     with pytest.raises(ValueError, match=r"tiny_gemma_en, .*gemma_2b_en"):
-        gl.load("gemma_3b_en")
+        gl.load("my_model")
 
 
 def test_a_folder_without_preset_is_refused(tmp_path):

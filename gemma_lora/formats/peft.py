@@ -32,7 +32,8 @@ from keras_hub.models import CausalLM
 from safetensors.numpy import load_file, save
 
 from gemma_lora.formats.card import describe, model_card, write_card, write_file, write_json
-from gemma_lora.formats.transformers import NAMES, Exported, sizes
+from gemma_lora.formats.transformers import Exported, sizes
+from gemma_lora.lora import NAMES_IN_TRANSFORMERS as NAMES
 from gemma_lora.lora import LoraSummary, adopt, kernel_shape, linear_layers, lora_layers
 from gemma_lora.models import NOTE
 from gemma_lora.options import a_path, with_options

@@ -26,24 +26,13 @@ from keras_hub.models import CausalLM
 from safetensors.numpy import save_file
 
 from gemma_lora.formats.card import model_card, write_card, write_file, write_json
-from gemma_lora.lora import kernel_shape, linear_layers, merged_kernel
+from gemma_lora.lora import NAMES_IN_TRANSFORMERS, kernel_shape, linear_layers, merged_kernel
 from gemma_lora.models import template_of, write_note
 from gemma_lora.options import a_path, with_options
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import tokenizer_of
-
-# Linear layers, by their names in KerasHub and in Transformers.
-NAMES = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "attention_output": "self_attn.o_proj",
-    "ffw_gating": "mlp.gate_proj",
-    "ffw_gating_2": "mlp.up_proj",
-    "ffw_linear": "mlp.down_proj",
-}
 
 # Norms, by their names in Transformers and as attributes in KerasHub. Gemma 1 has two
 # in a block, and Transformers calls the one before the MLP "post attention". Gemma 2
@@ -257,7 +246,7 @@ def _sources(model) -> dict[str, keras.Variable | keras.Layer]:
                 sources[f"{prefix}.{name}.weight"] = getattr(block.attention, attribute).scale
         for path, layer in layers.items():
             if path.startswith(f"{block.name}/"):
-                sources[f"{prefix}.{NAMES[layer.name]}.weight"] = layer
+                sources[f"{prefix}.{NAMES_IN_TRANSFORMERS[layer.name]}.weight"] = layer
     sources["model.norm.weight"] = backbone.layer_norm.scale
     return sources
 
