@@ -250,7 +250,7 @@ def check_not_empty(model) -> None:
     it into the kernels and leaves A and B zero. From there they learn nothing.
     """
     layers = [*lora_layers(model).values()]
-    if layers and not np.any(layers[0].lora_kernel_a.numpy()):
+    if layers and not np.any(np.asarray(layers[0].lora_kernel_a.value)):
         raise ValueError(
             "The adapters are empty, A and B are zero: model.load_weights has put what it read "
             "into the base. Load the base again, and call load_weights before gl.enable_lora; or "
