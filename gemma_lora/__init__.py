@@ -41,6 +41,7 @@ _NAMES_IN = {
     "training": ("fit",),
     "sampling": ("generate", "stream"),
     "evaluation": ("compare", "distinct", "evaluate", "perplexity"),
+    "sweeps": ("sweep",),
     "figures": (
         "plot_bars",
         "plot_before_after",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from gemma_lora.records import COLUMNS, load_data, load_dolly, load_records
     from gemma_lora.runtime import override_parameters, setup
     from gemma_lora.sampling import generate, stream
+    from gemma_lora.sweeps import sweep
     from gemma_lora.tables import Table
     from gemma_lora.templates import TEMPLATES, Template, get_template
     from gemma_lora.tiny.questions import load_tiny_world

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from typing import Literal, TypeAlias
@@ -201,11 +201,26 @@ def enable_lora(
     state.trainable = [(part, part.trainable) for part in parts]
     for index, layer in enumerate(linear_layers(model).values()):
         if layer.name in names:
-            # Each layer draws an A of its own.
-            _add_adapter(layer, rank, alpha, seed=(1000 * seed + index) % 2**32)
+            _add_adapter(layer, rank, alpha, _initializer(seed, index))
     _freeze_base(model)
     state.lora = _summary(model, rank, alpha, names, seed, base_parameters)
     return state.lora
+
+
+def redraw(model, seed: int) -> None:
+    """Give adapters the values that `enable_lora` begins with: A drawn, B zero."""
+    for index, layer in enumerate(linear_layers(model).values()):
+        if _has_adapter(layer):
+            a = layer.lora_kernel_a
+            a.assign(_initializer(seed, index)(a.shape, a.dtype))
+            layer.lora_kernel_b.assign(jnp.zeros(layer.lora_kernel_b.shape))
+    state_of(model).lora = replace(state_of(model).lora, seed=seed)
+    state_of(model).run = None
+
+
+def _initializer(seed: int, index: int) -> keras.initializers.Initializer:
+    """Return what draws A of the layer with that number: each draws its own."""
+    return keras.initializers.HeUniform(seed=(1000 * seed + index) % 2**32)
 
 
 def adopt(model) -> LoraSummary | None:
@@ -314,12 +329,11 @@ def _check_same_options(old: LoraSummary, rank: int, alpha: float, names: tuple,
     )
 
 
-def _add_adapter(layer, rank: int, alpha: float, seed: int) -> None:
+def _add_adapter(layer, rank: int, alpha: float, initializer) -> None:
     """Put an adapter on a layer, and compute the layer by factors from now on."""
     if layer.dtype_policy.name in ("bfloat16", "float16"):
         # Adapters learn in float32, whatever the base is. `detach` sets this back.
         layer.dtype_policy = keras.DTypePolicy(f"mixed_{layer.dtype_policy.name}")
-    initializer = keras.initializers.HeUniform(seed=seed)
     layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
     # Keras itself computes quantized layers by factors.
     if not layer.quantization_mode:

@@ -63,7 +63,7 @@ STREET = [
     "options", "runtime", "tables", "access.kaggle", "access.fetch", "access.preset",
     "access.gguf", "access.files", "records", "templates", "models", "tokens", "batches", "lora",
     "loss", "memory", "checks", "progress", "checkpoints", "training", "sampling", "evaluation",
-    "figures", "formats.card", "formats.transformers", "formats.peft", "formats.gguf",
+    "sweeps", "figures", "formats.card", "formats.transformers", "formats.peft", "formats.gguf",
     "formats.adapter", "formats.upload", "exercises",
 ]  # fmt: skip
 
