@@ -19,7 +19,7 @@ from keras_hub.samplers import Sampler
 from gemma_lora.batches import Batches
 from gemma_lora.lora import adapters_off, lora_layers
 from gemma_lora.memory import explained_out_of_memory
-from gemma_lora.models import one_at_a_time, state_of, template_of
+from gemma_lora.models import check_text_alone, one_at_a_time, state_of, template_of
 from gemma_lora.options import one_of, some_texts, whole_number, with_options
 from gemma_lora.progress import counted
 from gemma_lora.records import Prompts, Records, as_prompts, as_records, checked_record
@@ -282,6 +282,7 @@ def perplexity(model: CausalLM, texts: str | Iterable[str]) -> float:
 
 def _measure(model, encoded: Encoded) -> tuple[float, float]:
     """Return loss (nats) and accuracy, per token that counts."""
+    check_text_alone(model)
     batches = Batches(encoded, batch_tokens=state_of(model).settings.batch_tokens)
     rows, length = batches.shape
     with explained_out_of_memory(model, answering=False, batch_size=rows, sequence_length=length):

@@ -233,6 +233,12 @@ def adopt(model) -> LoraSummary | None:
     """
     state = state_of(model)
     layers = lora_layers(model)
+    # private: `lora_enabled` of Keras's embeddings
+    if getattr(model.backbone.token_embedding, "lora_enabled", False):
+        raise ValueError(
+            "The token embedding has an adapter, which gl can neither train nor save. Load the "
+            "model again, and call gl.enable_lora(model)."
+        )
     if state.lora is not None or not layers:
         return state.lora
     options = {(layer.lora_rank, float(layer.lora_alpha)) for layer in layers.values()}
@@ -453,8 +459,8 @@ def merge(model: CausalLM, *, keep: bool = False) -> None:
         if layer.quantization_mode:
             raise ValueError(
                 f"{path} is quantized ({layer.quantization_mode}) and cannot hold the sum of "
-                f"kernel and adapter. Load the base unquantized, gl.load({state.preset!r}, "
-                "dtype='bfloat16'), load the adapter, and merge there."
+                f"kernel and adapter. Load the preset that the base was quantized from, "
+                "load the adapter, and merge there."
             )
     before = [(layer, np.array(kernel_variable(layer).value)) for layer in layers.values()]
     try:

@@ -21,7 +21,7 @@ import keras_hub
 
 from gemma_lora.access.fetch import fetch
 from gemma_lora.access.gguf import GGUFFile, is_gguf
-from gemma_lora.access.preset import load_preset
+from gemma_lora.access.preset import load_preset, read_config
 from gemma_lora.options import with_options
 from gemma_lora.runtime import quiet, quiet_warnings, return_memory
 from gemma_lora.tables import ShowsAsTable, Table
@@ -84,6 +84,9 @@ _SETTINGS = {
 # The file beside a saved model or adapter that says what its own format has no place
 # for.
 NOTE = "gemma_lora.json"
+
+# In a chat template of ours, the same stands behind this word, as a comment.
+NOTE_IN_JINJA = "gemma_lora: "
 
 # Folders and files may have any name. Of these we know the model by its shape: layers
 # and hidden width.
@@ -227,8 +230,12 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
     looks = _look_at(name)
     settings = _settings_for(name, looks)
     options = {"dtype": _policy(settings.dtype if dtype is None else dtype)}
-    if dtype is None and place is not None and _is_quantized(place):
-        # Each layer has a policy of its own, which the preset names.
+    if place is not None and _is_quantized(place):
+        if dtype is not None:
+            raise ValueError(
+                f"{preset} is quantized: each of its layers has a dtype of its own. Leave dtype "
+                "out, or load the preset that it was made from."
+            )
         options = {}
     model = from_preset(keras_hub.models.CausalLM, name, place, **options)
     model.gemma_lora = State(
@@ -244,19 +251,26 @@ def load(preset: str | Path = TINY, *, dtype: str | None = None) -> keras_hub.mo
 def _policy(dtype) -> keras.DTypePolicy:
     """Return the dtype policy of Keras that a name means. Raises ValueError."""
     try:
-        return keras.dtype_policies.get(dtype)
-    except (TypeError, ValueError):
+        policy = keras.dtype_policies.get(dtype)
+    except (NotImplementedError, TypeError, ValueError):
         raise ValueError(
             'dtype is a Keras dtype policy, such as "float32", "bfloat16" or "mixed_bfloat16". '
             f"Received: dtype={dtype!r:.80}"
         ) from None
+    if policy.quantization_mode:
+        raise ValueError(
+            "A model is loaded first, and quantized then: model.backbone.quantize('int8'). "
+            f"Received: dtype={policy.name!r}"
+        )
+    return policy
 
 
 def _is_quantized(place: Path) -> bool:
     """Return whether a folder holds a KerasHub preset that was quantized."""
     config = place / "config.json"
     # private: how Keras writes the policies of a quantized model
-    return config.is_file() and '"QuantizedDTypePolicy"' in config.read_text("utf-8")
+    kinds = re.findall(r'"(\w*DTypePolicy)"', config.read_text("utf-8")) if config.is_file() else []
+    return any(kind not in ("DTypePolicy", "FloatDTypePolicy") for kind in kinds)
 
 
 def _chosen_in_keras() -> str | None:
@@ -332,7 +346,7 @@ def _look_at(preset: str) -> _Looks:
         return _Looks(shape, file.is_instruction_tuned(), template)
     if not (place / "config.json").is_file():
         return _Looks()
-    config = json.loads((place / "config.json").read_text("utf-8"))
+    config = read_config(place)
     # The format of KerasHub, or that of Transformers.
     config = config.get("config", config)
     layers = config.get("num_layers", config.get("num_hidden_layers"))
@@ -341,6 +355,8 @@ def _look_at(preset: str) -> _Looks:
     is_tuned = None if chat_template is None else "<start_of_turn>" in chat_template
     note = place / NOTE
     text = note.read_text("utf-8") if note.is_file() else None
+    if text is None and NOTE_IN_JINJA in (chat_template or ""):
+        text = chat_template.split(NOTE_IN_JINJA)[1].split("#}")[0]
     way_out = "Save the model again, or delete that file and pass template=... yourself."
     return _Looks(shape, is_tuned, _noted_template(text, note, way_out))
 
@@ -418,6 +434,15 @@ def state_of(model) -> State:
     return model.gemma_lora
 
 
+def check_text_alone(model) -> None:
+    """Raise ValueError if a model has a part for pictures, which `load` leaves out."""
+    if getattr(model.backbone, "vision_encoder", None) is not None:
+        raise ValueError(
+            "The model has a part for pictures, and gl works on its text part. Load that: "
+            "gl.load(preset) instead of from_preset."
+        )
+
+
 def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
     """Make a function of a model wait until other threads are done with the model.
 
@@ -488,7 +513,8 @@ def local_place(preset: str | Path) -> Path | None:
 # Which call takes a file that `load` does not, by the ends of its name.
 _CALL_FOR = {
     ".keras": " Load it by keras.saving.load_model(file), then model.save_to_preset(folder).",
-    ".weights.h5": " Load its base, without adapters: then model.load_weights(file) reads it.",
+    ".weights.h5": " Load its base, without adapters: then model.load_weights(file) reads it; "
+    "ask with template=... if it was tuned with one of your own.",
     ".lora.h5": " It is an adapter: gl.load_adapter(gl.load(base), file).",
     ".safetensors": " Pass the folder that it is in; an adapter's to gl.load_adapter(model, ...).",
 }

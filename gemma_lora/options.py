@@ -19,38 +19,38 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What Transformers, PEFT, TRL and Keras call options that are here too. A function is
-# only told of names that it has.
+# only told of names that it has: the first of them.
 _CALLED_HERE = {
-    "base_model": "model",
-    "checkpoint": "checkpoint_dir",
-    "data": "train",
-    "dataset": "train",
-    "dataset_text_field": "template",
-    "do_sample": "temperature",
-    "eval_dataset": "validation",
-    "learning_rate_schedule": "learning_rate",
-    "lora_alpha": "alpha",
-    "lr": "learning_rate",
-    "max_len": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "max_seq_len": "sequence_length",
-    "max_seq_length": "sequence_length",
-    "max_tokens": "max_new_tokens",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "output_dir": "checkpoint_dir",
-    "per_device_train_batch_size": "batch_size",
-    "prompt": "prompts",
-    "prompts": "prompt",
-    "r": "rank",
-    "random_state": "seed",
-    "target_modules": "targets",
-    "test_size": "held_out",
-    "torch_dtype": "dtype",
-    "train_dataset": "train",
-    "val_data": "validation",
-    "validation_data": "validation",
-    "validation_split": "validation",
+    "base_model": ("model",),
+    "checkpoint": ("checkpoint_dir",),
+    "data": ("train",),
+    "dataset": ("train",),
+    "eval_dataset": ("validation",),
+    "learning_rate_schedule": ("learning_rate",),
+    "lora_alpha": ("alpha",),
+    "lr": ("learning_rate",),
+    "max_len": ("max_new_tokens",),
+    "max_length": ("max_new_tokens", "sequence_length"),
+    "max_seq_len": ("sequence_length",),
+    "max_seq_length": ("sequence_length",),
+    "max_tokens": ("max_new_tokens",),
+    "num_epochs": ("epochs",),
+    "num_train_epochs": ("epochs",),
+    "output_dir": ("checkpoint_dir",),
+    "per_device_train_batch_size": ("batch_size",),
+    "prompt": ("prompts",),
+    "prompts": ("prompt",),
+    "r": ("rank",),
+    "random_state": ("seed",),
+    "target_modules": ("targets",),
+    "test_size": ("held_out",),
+    "torch_dtype": ("dtype",),
+    "train_dataset": ("train",),
+    "val_data": ("validation",),
+    "validation_data": ("validation",),
+    "validation_split": ("held_out", "validation"),
+    "column_mapping": ("columns",),
+    "split_ratio": ("held_out",),
 }
 
 
@@ -84,11 +84,11 @@ def _what_is_wrong(name: str, signature, args: tuple, options: dict, error: Type
     known = [*signature.parameters]
     unknown = [option for option in options if option not in known]
     if unknown:
-        elsewhere = _CALLED_HERE.get(unknown[0])
-        similar = difflib.get_close_matches(unknown[0], known, n=1)
+        elsewhere = [ours for ours in _CALLED_HERE.get(unknown[0], ()) if ours in known]
+        similar = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.7)
         hint = f"It has: {', '.join(known)}."
-        if elsewhere in known:
-            hint = f"Here it is called {elsewhere}."
+        if elsewhere:
+            hint = f"Here it is called {elsewhere[0]}."
         elif similar:
             hint = f"Did you mean {similar[0]!r}?"
         return f"{name} has no option {unknown[0]!r}. {hint}"

@@ -59,13 +59,20 @@ _OTHER_NAMES = {
     "category": ("category",),
 }  # fmt: skip
 # How to behave: it becomes a part of the context, as the system turn of a chat does.
-_SYSTEM = ("system", "systemprompt")
+_SYSTEM = (
+    "system", "systemprompt", "systemmessage", "systeminstruction", "systeminstructions", "sys",
+)  # fmt: skip
 # Earlier turns of the same talk, for which a record has no place.
-_EARLIER_TURNS = ("history", "chathistory")
+_EARLIER_TURNS = ("history", "chathistory", "conversationhistory", "previousmessages")
 _CHATS = ("messages", "conversations", "conversation")
+# What the other side of a prompt is called, where each may be a part of a chat.
+_ANSWERS = ("completion", "response", "answer")
 
 # Who speaks in a chat, and what other formats call the same two.
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant",
+    "bot": "assistant", "chatgpt": "assistant", "ai": "assistant", "developer": "system",
+}  # fmt: skip
 
 _WAYS_OUT = (
     "Ways out: check the network and run this again (what was downloaded before needs no "
@@ -257,9 +264,7 @@ def load_records(
     if not good:
         name = source if isinstance(source, str | Path) else f"the {type(source).__name__}"
         raise ValueError(f"No usable record in {name}. {bad[0] if bad else 'It is empty.'}")
-    if unused:
-        names = ", ".join(map(repr, unused))
-        warnings.warn(f"These columns are not used: {names}", stacklevel=3)
+    warn_of_unused(unused)
     if bad:
         first_three = "\n  ".join(bad[:3])
         warnings.warn(
@@ -276,7 +281,11 @@ def _checked_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
     """Return `columns` of `load_records`. Raises ValueError if it maps other names."""
     if columns is None:
         return {}
-    if not isinstance(columns, Mapping) or set(columns) - set(COLUMNS):
+    is_map = isinstance(columns, Mapping) and all(isinstance(v, str) for v in columns.values())
+    if is_map and set(columns) - set(COLUMNS) and set(columns.values()) <= set(COLUMNS):
+        right = {ours: theirs for theirs, ours in columns.items()}
+        raise ValueError(f"columns is the wrong way round: columns={right} maps ours to theirs.")
+    if not is_map or set(columns) - set(COLUMNS):
         received = sorted(columns, key=str) if isinstance(columns, Mapping) else columns
         raise ValueError(
             f"columns maps {', '.join(COLUMNS)} to the source's names, as "
@@ -299,8 +308,8 @@ def _split(records: list[dict[str, str]], held_out: float, seed: int) -> tuple[l
     # By question, the places of its records.
     groups: dict[str, list[int]] = {}
     for place, record in enumerate(records):
-        words = re.findall(r"\w+", f"{record['instruction']} {record['context']}".lower())
-        groups.setdefault(" ".join(words), []).append(place)
+        question = " ".join(f"{record['instruction']} {record['context']}".lower().split())
+        groups.setdefault(question.rstrip(" ?.!"), []).append(place)
     questions = [*groups.values()]
     random.Random(seed).shuffle(questions)
     chosen: set[int] = set()
@@ -406,6 +415,10 @@ def as_prompts(prompts) -> tuple[bool, list]:
         ValueError: A prompt is empty or not text, or is a chat of several questions.
         TypeError: It is nothing of the kind.
     """
+    if isinstance(prompts, str | Path) and has_rows(prompts) and Path(prompts).is_file():
+        return False, [_as_prompt(row) for _, row in rows_of_file(Path(prompts))]
+    if _is_row(prompts):
+        prompts = prompts.to_dict()
     is_columns = isinstance(prompts, Mapping) and all(
         isinstance(value, list) and _plain(name) not in _CHATS for name, value in prompts.items()
     )
@@ -441,8 +454,15 @@ def _as_prompt(prompt) -> str | dict[str, str]:
             responses += [value] if isinstance(value, str) and value.strip() else []
         else:
             row[name] = value
+    names = [name for name in row if _plain(name) in _OTHER_NAMES["instruction"]]
+    if not names:
+        raise ValueError(
+            "A prompt is a text, or a record with an instruction or a question. "
+            f"Received the fields {sorted(map(str, prompt))}"
+        )
     # A prompt needs no response, and a record does.
     record = checked_record({**row, "response": "."}, {})
+    warn_of_unused(unused_columns({**row, "response": "."}))
     question = {name: record[name] for name in ("instruction", "context")}
     # `compare` shows a response beside the answers.
     return question | ({"response": responses[0]} if responses else {})
@@ -481,22 +501,30 @@ def _checked_rows(
                 raise ValueError(f"{place}: {error}{way_out}") from None
             bad.append(f"{place}: {error}")
         else:
-            unused |= dict.fromkeys(_unused(row, columns))
+            unused |= dict.fromkeys(unused_columns(row, columns))
     return good, bad
 
 
 def _rows(source, split: str) -> Iterator[tuple[str, object]]:
     if isinstance(source, str | Path):
-        if Path(source).is_file():
-            yield from rows_of_file(Path(source))
+        place = Path(source).expanduser()
+        if place.is_file():
+            yield from rows_of_file(place)
             return
-        if Path(source).is_dir():
+        if place.is_dir():
             raise ValueError(f"{source} is a folder. Pass the file in it that has the records.")
         if not _names_a_data_set(source):
             raise FileNotFoundError(f"There is no file {str(source)!r} in {Path.cwd()}.")
         source = _from_hub(source, split)
     for number, row in enumerate(_listed(source)):
         yield f"row {number}", row
+
+
+def _is_row(data) -> bool:
+    """Return whether this is one row of a pandas frame: a series with named values."""
+    if not (hasattr(data, "to_dict") and hasattr(data, "index")) or _is_frame(data):
+        return False
+    return len(data) > 0 and all(isinstance(name, str) for name in data.index)
 
 
 def _is_frame(data) -> bool:
@@ -513,7 +541,13 @@ def _listed(source) -> Iterable:
         if hasattr(source, "to_dicts"):
             return source.to_dicts()
         return source.astype(object).where(source.notna(), None).to_dict("records")
-    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+    if hasattr(source, "to_pylist"):
+        # A table of Arrow's.
+        return source.to_pylist()
+    if hasattr(source, "collect") and hasattr(source, "lazy"):
+        return source.collect().to_dicts()
+    is_split = isinstance(source, Mapping) and "train" in source
+    if is_split or isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
         splits = ", ".join(source)
         raise TypeError(
             f"This is a {type(source).__name__} with the splits {splits}. Pass one of them, "
@@ -575,9 +609,12 @@ def checked_record(row, columns: Mapping[str, str]) -> dict[str, str]:
         row = _without_turns(row)
     names = _names(row, columns)
     earlier = names.pop("history")
-    if earlier is not None and row[earlier]:
-        raise ValueError(f"{earlier!r} has earlier turns, and a record is one question.")
     system = names.pop("system")
+    # A column that the caller has given another meaning has that one.
+    given = {*columns.values()}
+    system = None if system in given else system
+    if earlier not in given and earlier is not None and _is_filled(row[earlier]):
+        raise ValueError(f"{earlier!r} has earlier turns, and a record is one question.")
     record = {
         column: "" if name is None else _checked_text(row, name, needed=column in _REQUIRED)
         for column, name in names.items()
@@ -597,10 +634,15 @@ def _names(row: Mapping, columns: Mapping[str, str]) -> dict[str, str | None]:
     """Find what a row calls each column, and "system" and "history"; or None."""
     by_plain_name: dict[str, str] = {}
     for name in row:
-        by_plain_name.setdefault(_plain(name), name)
+        twin = by_plain_name.setdefault(_plain(name), name)
+        is_usual = _plain(name) in _OTHER_NAMES["instruction"] + _OTHER_NAMES["response"]
+        if twin != name and is_usual and not {twin, name} & {*columns.values()}:
+            raise WrongColumnsError(f"two columns could be meant, {twin!r} and {name!r}.")
     found: dict[str, str | None] = {}
     for column in COLUMNS:
         given = columns.get(column)
+        if given is not None and given not in row:
+            given = by_plain_name.get(_plain(given), given)
         usual = [by_plain_name[name] for name in _OTHER_NAMES[column] if name in by_plain_name]
         found[column] = given if given is not None else next(iter(usual), None)
         is_missing = column in _REQUIRED and found[column] is None
@@ -623,17 +665,31 @@ def _which_columns(row: Mapping, given: str | None) -> str:
     if given is not None or len(texts) < 2:
         return ""
     names = dict(zip(_REQUIRED, texts, strict=False))
-    return f" Say which they are: gl.load_records(..., columns={names})."
+    return f" Say which they are, for example gl.load_records(..., columns={names})."
 
 
-def _unused(row: Mapping, columns: Mapping[str, str]) -> list[str]:
+def warn_of_unused(names: Iterable[str]) -> None:
+    """Warn, once for a call, of columns that records or prompts do not use."""
+    if names := [*names]:
+        said = ", ".join(map(repr, names))
+        warnings.warn(f"These columns are not used: {said}", stacklevel=4)
+
+
+# What pandas calls the column with the numbers of the rows.
+_NUMBERS = ("", "unnamed0")
+
+
+def unused_columns(row: Mapping, columns: Mapping[str, str] | None = None) -> list[str]:
     """Return the names of a good row's fields that its record does not use."""
+    columns = columns or {}
     whole = _without_turns(row) if "instruction" not in columns else row
     used = {_plain(name) for name in _names(whole, columns).values() if name is not None}
     if whole is not row:
-        used |= {_plain(name) for name in (*_CHATS, "prompt", "completion")}
-    # A field may hold an array, whose truth is not defined.
-    filled = [name for name, value in row.items() if value is not None and str(value).strip()]
+        # A question or an answer beside the chat is not used.
+        used = {*_CHATS, "prompt", *_ANSWERS, *_OTHER_NAMES["context"], "category", *_SYSTEM}
+        used -= {"response", "answer"} if any(_plain(n) in _CHATS for n in row) else set()
+    filled = [name for name, value in row.items() if _is_filled(value)]
+    used |= {*_NUMBERS}
     return [str(name) for name in filled if name is not None and _plain(name) not in used]
 
 
@@ -642,6 +698,11 @@ def _checked_text(row: Mapping, name: str, *, needed: bool) -> str:
     text = "" if row[name] is None else row[name]
     if not isinstance(text, str):
         raise ValueError(f"{name!r} must be text. Received: {type(text).__name__}, {text!r:.60}.")
+    if "\0" in text:
+        raise ValueError(
+            f"{name!r} holds NUL characters, which are no text. Is the file in UTF-16? Save it as "
+            "UTF-8."
+        )
     if not text.strip() and needed:
         raise ValueError(f"{name!r} is empty.")
     try:
@@ -656,14 +717,58 @@ def _checked_text(row: Mapping, name: str, *, needed: bool) -> str:
 
 
 def _without_turns(row: Mapping) -> Mapping:
-    """Replace a chat by the columns that it fills, wherever a row has one."""
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return {**row, **_from_turns([*prompt, *completion]), "prompt": None, "completion": None}
+    """Replace a chat by the columns that it fills, wherever a row has one.
+
+    A context beside the chat stays, below what its system turns say.
+    """
     for name in row:
-        if _plain(name) in _CHATS and row[name] is not None:
-            return {**row, **_from_turns(row[name])}
-    return row
+        if _plain(name) in _CHATS and _is_filled(row[name]):
+            return {**row, **_beside(row, _from_turns(row[name]))}
+    by_plain_name = {_plain(name): name for name in row}
+    if not {*by_plain_name} & {*_OTHER_NAMES["instruction"]}:
+        # Then an empty chat is what is wrong.
+        for name in row:
+            if _plain(name) in _CHATS and row[name] is not None:
+                _from_turns(row[name])
+    prompt = by_plain_name.get("prompt")
+    answer = next((by_plain_name[n] for n in _ANSWERS if n in by_plain_name), None)
+    if prompt is None or answer is None:
+        return row
+    turns = [_as_turns(row[name], role) for name, role in ((prompt, "user"), (answer, "assistant"))]
+    if all(
+        isinstance(row[name], str) and said[0]["content"] == row[name]
+        for name, said in zip((prompt, answer), turns, strict=True)
+        if said
+    ):
+        # Two texts are no chat.
+        return row
+    filled = _beside(row, _from_turns([turn for said in turns for turn in said]))
+    return {**row, prompt: None, answer: None, **filled}
+
+
+def _as_turns(said, role: str) -> list:
+    """Return one side of a chat as messages: a list, the same as JSON, or a text."""
+    if isinstance(said, str):
+        if re.match(r"\s*\[\s*\{", said):
+            try:
+                return json.loads(said)
+            except json.JSONDecodeError:
+                pass
+        return [{"role": role, "content": said}]
+    is_many = isinstance(said, Iterable) and not isinstance(said, Mapping)
+    return [*said] if is_many else []
+
+
+def _beside(row: Mapping, filled: dict[str, str | None]) -> dict[str, str | None]:
+    """Add a row's own context to what a chat fills."""
+    own = [row[n] for n in row if _plain(n) in _OTHER_NAMES["context"] and _is_filled(row[n])]
+    parts = [filled["context"], *own]
+    return filled | {"context": "\n\n".join(p for p in parts if isinstance(p, str) and p) or None}
+
+
+def _is_filled(value) -> bool:
+    """Return whether a field holds anything. An array's own truth is not defined."""
+    return value is not None and str(value).strip() not in ("", "[]", "nan")
 
 
 def _from_turns(turns) -> dict[str, str | None]:
@@ -697,25 +802,33 @@ def turns_of(turns) -> tuple[list[str], list[str | None]]:
     """
     try:
         turns = json.loads(turns) if isinstance(turns, str) else turns
-        said = [
-            (str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value")))
-            for turn in turns
-        ]
+        said = [(str(turn.get("role", turn.get("from"))), _content(turn)) for turn in turns]
     except (AttributeError, TypeError, json.JSONDecodeError):
         raise ValueError(
             "each of a chat's messages must be an object with role and content."
         ) from None
-    return [_ROLES.get(role, role) for role, _ in said], [_said(content) for _, content in said]
+    roles = [_ROLES.get(role.lower(), role.lower()) for role, _ in said]
+    return roles, [_said(content) for _, content in said]
+
+
+def _content(turn: Mapping):
+    """Return what a message says, under any of its usual names."""
+    names = ("content", "value", "text", "parts")
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _said(content) -> str | None:
     """Return the text of a message, whose content may be a list of parts."""
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str) or not isinstance(content, Iterable):
         return content
-    kinds = [part.get("type") if isinstance(part, Mapping) else type(part) for part in content]
-    if [kind for kind in kinds if kind != "text"]:
-        raise ValueError(f"of a message's parts only text can be used. Received: {kinds}.")
-    return "\n\n".join(part["text"] for part in content)
+    texts = []
+    for part in [content] if isinstance(content, Mapping) else content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(text, str) or kind not in ("text", "input_text", "output_text", "str"):
+            raise ValueError(f"of a message's parts only text can be used. Received: {kind}.")
+        texts.append(text)
+    return "\n\n".join(texts)
 
 
 def _system_of(roles: list[str], texts: list) -> str | None:

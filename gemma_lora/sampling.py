@@ -45,6 +45,9 @@ _SAMPLERS = {
     "beam": partial(keras_hub.samplers.BeamSampler, num_beams=5),
 }
 
+# A temperature below this one is taken as 0.
+_COLDEST = 1e-4
+
 # How many prompts may be answered together.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -269,7 +272,11 @@ def _task(
     encoded = []
     for prompt in prompts:
         if template is None and not isinstance(prompt, str):
-            # Without a template a record has no place for its context.
+            if prompt.get("context"):
+                raise ValueError(
+                    "Without a template, a prompt has no place for a context or a system turn. "
+                    "Write it into the text, or leave template=None out."
+                )
             prompt = prompt["instruction"]
         encoded.append(tokenizer.prompt(template, prompt))
     return _Task(encoded, tuple(sorted(ends)), new_tokens)
@@ -705,7 +712,8 @@ def _drawing_options(temperature, top_k, top_p) -> dict[str, float | int]:
             raise ValueError(
                 f"temperature is a number, 0 or more. Received: temperature={temperature!r:.80}"
             )
-        options["temperature"] = float(temperature)
+        # So low, logits / temperature would be infinite, and the likeliest wins anyway.
+        options["temperature"] = float(temperature) if temperature >= _COLDEST else 0.0
     if top_k is not None:
         options["k"] = whole_number("top_k", top_k)
     if top_p is not None:

@@ -16,7 +16,10 @@ _CONTROL = re.compile(
 )
 
 
-_TURN = re.compile(r"<(?:start_of_turn|end_of_turn)>")
+# What opens or ends a turn or a text, here or in other models' chats.
+_TURN = re.compile(
+    r"<(?:start_of_turn|end_of_turn|bos|eos)>|<\|(?:im_start|im_end|eot_id|endoftext)\|>"
+)
 
 
 @dataclass(frozen=True)

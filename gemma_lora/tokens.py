@@ -19,7 +19,14 @@ from keras_hub.models import CausalLM
 
 from gemma_lora.models import TINY, from_preset, local_place, state_of
 from gemma_lora.options import one_of, whole_number, with_options
-from gemma_lora.records import Records, WrongColumnsError, as_records, checked_record
+from gemma_lora.records import (
+    Records,
+    WrongColumnsError,
+    as_records,
+    checked_record,
+    unused_columns,
+    warn_of_unused,
+)
 from gemma_lora.runtime import quiet
 from gemma_lora.tables import TokenView
 from gemma_lora.templates import Template, get_template, text_pieces, turn_tokens_in
@@ -210,8 +217,10 @@ def encode(
     end = tokenizer.id_of(template.end)
     encoded = Encoded([], tokenizer.pad_id)
     with_turns = []
+    unused: dict[str, None] = {}
     for number, row in enumerate(as_records(records)):
         record = _checked(number, row)
+        unused |= dict.fromkeys(unused_columns(row))
         with_turns += turn_tokens_in(record)
         prompt = tokenizer.prompt(template, record)
         response = tokenizer.encode(text_pieces(record["response"]))
@@ -230,6 +239,7 @@ def encode(
     if not encoded.full_lengths:
         raise ValueError("There are no records.")
     _warn_of_turns(with_turns)
+    warn_of_unused(unused)
     if not encoded.examples:
         raise ValueError(
             f"Of {encoded.dropped:,} rows, none leaves room for a response within "
@@ -243,9 +253,9 @@ def _warn_of_turns(tokens: list[str]) -> None:
     """Warn if records hold tokens of turns in their text: one of each such record."""
     if tokens:
         warnings.warn(
-            f"{len(tokens):,} records hold tokens of turns in their text, such as {tokens[0]!r}. "
-            "They are read as letters, because data must not open or end a turn. If your rows "
-            "are whole prompts, take these tokens out; template='turns' puts them in.",
+            f"{len(tokens):,} of the records hold tokens of turns in their text, such as "
+            f"{tokens[0]!r}. They are read as letters, because data must not open or end a turn. "
+            "If your rows are whole prompts, take these tokens out: a template puts them in.",
             stacklevel=3,
         )
 

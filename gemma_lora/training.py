@@ -43,6 +43,7 @@ from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import (
     Run,
     Settings,
+    check_text_alone,
     counted_epochs,
     one_at_a_time,
     recommended,
@@ -194,24 +195,33 @@ def _run(
     with explained_out_of_memory(model, answering=False, **shape), _ctrl_c() as pressed:
         params = {"epochs": epochs, "steps": len(data.batches), "verbose": 0}
         live = _Live(model, optimizer, begin.state, callbacks, params, pressed)
-        history = _train(live, data, begin, epochs, (curve, progress, checkpoints))
-        steps = live.steps
+        try:
+            history = _train(live, data, begin, epochs, (curve, progress, checkpoints))
+        except BaseException:
+            if live.kept:
+                # Adapters that have learned from prompts must be asked like them.
+                _attach(model, run, settings, live.steps, data, earlier)
+            raise
         if "val_loss" in history.history and not pressed:
             run |= _before_and_after(live, data.held_out_batches)
-    done = steps / data.batches.steps_an_epoch
-    really = {"epochs": int(done) if done.is_integer() else round(done, 4), "steps": steps}
-    if earlier:
-        really["earlier_epochs"] = earlier
-    result = {
-        "template": get_template(settings.template),
-        **really,
+    _attach(model, run, settings, live.steps, data, earlier)
+    state_of(model).run |= {
         "truncated": data.encoded.truncated,
         "dropped": data.encoded.dropped,
         "seconds": round(time.monotonic() - started, 1),
         "history": {name: [*map(float, values)] for name, values in history.history.items()},
     }
-    state_of(model).run = Run(run | result)
     return history
+
+
+def _attach(model, run: dict, settings: Settings, steps: int, data: "_Data", earlier) -> None:
+    """Attach a run's record to its model, with what was really done."""
+    done = steps / data.batches.steps_an_epoch
+    really = {"epochs": int(done) if done.is_integer() else round(done, 4), "steps": steps}
+    if earlier:
+        really["earlier_epochs"] = earlier
+    template = {"template": get_template(settings.template)}
+    state_of(model).run = Run(run | template | really)
 
 
 def _train(
@@ -248,11 +258,11 @@ def _train(
                 live.state, changed = step(*live.state, frozen, batch)
                 for index, value in changed.items():
                     frozen[index] = value
+                live.steps += 1
                 curve.after_step(live.state.sums)
                 progress.after_step()
                 live.tell("on_train_batch_end", done, live.logs())
                 done += 1
-                live.steps += 1
                 if checkpoints and done % checkpoints.every == 0:
                     checkpoints.save(live.checkpoint(epoch, done, curve))
                 if live.stopped:
@@ -287,6 +297,7 @@ class _Live:
         history: Keras's record of the run.
         pressed: Not empty once Ctrl-C was pressed.
         steps: Steps that are done, those before a resumption included.
+        kept: At the end, whether the model has what the steps have learned.
     """
 
     def __init__(self, model, optimizer, state: TrainState, callbacks, params: dict, pressed: list):
@@ -296,6 +307,7 @@ class _Live:
         self.pressed = pressed
         self.history = History()
         self.steps = 0
+        self.kept = False
         self.callbacks = [*callbacks]
         self._heard: dict[str, bool] = {}
         hooks = [*callbacks, self.history]
@@ -314,7 +326,8 @@ class _Live:
         # A step that failed may have taken its arguments along.
         failed = error is not None and not _are_usable(self.state.adapters)
         diverged = isinstance(error, FloatingPointError)
-        adapters = self._adapters_before if failed or diverged else self.state.adapters
+        self.kept = not (failed or diverged) and self.steps > 0
+        adapters = self.state.adapters if not (failed or diverged) else self._adapters_before
         _assign(self.model.trainable_variables, adapters)
 
     @property
@@ -487,7 +500,7 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
     if isinstance(validation, Real):
         raise ValueError(
             f"validation holds records, not a share of them. Received: validation={validation!r}. "
-            f"train, held_out = gl.load_records(rows, held_out={validation!r}) splits them."
+            "train, held_out = gl.load_records(rows, held_out=0.1) splits them."
         )
     held_out = None if validation is None else [*as_records(validation)]
     if held_out:
@@ -594,6 +607,11 @@ def _checked_callbacks(callbacks) -> list[Callback]:
     several = isinstance(callbacks, list | tuple)
     callbacks = [*callbacks] if several else [callbacks]
     for callback in callbacks:
+        if isinstance(callback, keras.callbacks.BackupAndRestore):
+            raise ValueError(
+                "BackupAndRestore would load its file into the frozen base. gl.fit resumes by "
+                "itself: checkpoint_dir='a folder' takes its place."
+            )
         if not isinstance(callback, Callback):
             raise ValueError(
                 "callbacks holds objects of keras.callbacks, such as EarlyStopping(). Received: "
@@ -608,6 +626,7 @@ def check_only_adapters_train(model) -> None:
     Raises:
         ValueError: There are no adapters, one is frozen, or a base weight trains.
     """
+    check_text_alone(model)
     adopt(model)
     adapters = {weight.path for weight in adapter_weights(model)}
     if not adapters:

@@ -16,7 +16,7 @@ import gemma_lora as gl
 from gemma_lora.formats import card as cards
 from gemma_lora.formats import transformers as transformers_format
 from gemma_lora.lora import NAMES_IN_TRANSFORMERS, linear_layers, lora_layers, merged_kernel
-from gemma_lora.templates import TEMPLATES
+from gemma_lora.templates import TEMPLATES, Template
 from gemma_lora.tokens import tokenizer_of
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_exported_is_said(random_model, tmp_path):
 @pytest.mark.parametrize(
     ("family", "owner", "attribute", "value", "message"),
     [
-        ("gemma", "backbone", "vision_encoder", object(), "text models can be exported"),
+        ("gemma", "backbone", "vision_encoder", object(), "gl works on its text part"),
         ("gemma", "embedding", "tie_weights", False, "its own weights"),
         ("gemma", "backbone", "final_logit_soft_cap", 30.0, "these soft caps"),
         ("gemma", "attention", "logit_soft_cap", 50.0, "these soft caps"),
@@ -395,3 +395,31 @@ def test_peft_scales_modules_by_patterns_of_their_whole_names(random_model, tmp_
         kernel = np.asarray(ours.attention.value_dense._kernel)
         scales.append(np.linalg.norm(other - kernel) / np.linalg.norm(one - kernel))
     assert scales == pytest.approx([60 / config["lora_alpha"], 1], rel=1e-3)
+
+
+def test_the_template_comes_back_from_what_transformers_saves_again(tiny_factory, tmp_path):
+    """Of a folder, Transformers keeps the chat template and not the note beside it."""
+    own = Template("qa", "Q: {instruction} #}}\nA: ", "{context}\nQ: {instruction}\nA: ")
+    model = tiny_factory()
+    gl.enable_lora(model)
+    gl.fit(model, [{"question": "Why?", "answer": "So."}], template=own, verbose=0)
+    gl.export_transformers(model, tmp_path, verify=False)
+    (tmp_path / "gemma_lora.json").unlink()
+    assert gl.recommended(gl.load(tmp_path)).template == own
+
+
+def test_an_exported_chat_template_refuses_turns_that_it_has_no_place_for():
+    text = transformers_format.chat_template(TEMPLATES["recipe"])
+    environment = jinja2.Environment()
+
+    def refuse(message):
+        raise ValueError(message)
+
+    environment.globals["raise_exception"] = refuse
+    template = environment.from_string(text)
+    asked = {"role": "user", "content": "Why?"}
+    developer = template.render(bos_token="", messages=[{**asked, "role": "developer"}, asked])
+    system = template.render(bos_token="", messages=[{**asked, "role": "system"}, asked])
+    assert developer == system
+    with pytest.raises(ValueError, match="no place for a turn of tool"):
+        template.render(bos_token="", messages=[{**asked, "role": "tool"}])

@@ -211,7 +211,7 @@ def test_a_file_that_reads_otherwise_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("family", "owner", "attribute", "value", "message"),
     [
-        ("gemma", "backbone", "vision_encoder", object(), "text models can be exported"),
+        ("gemma", "backbone", "vision_encoder", object(), "gl works on its text part"),
         ("gemma", "embedding", "tie_weights", False, "its own weights"),
         ("gemma", "attention", "use_sliding_window_attention", True, "sees the whole text"),
         ("gemma", "attention", "query_head_dim_normalize", False, "root of the head size"),
@@ -434,7 +434,7 @@ def test_damaged_files_are_refused(exported, tmp_path):
 def test_a_missing_file_and_a_missing_package_are_said(exported, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"There is no file .*none.gguf"):
         gl.load(tmp_path / "none.gguf")
-    with pytest.raises(ValueError, match=r"floating-point dtype.*Received: dtype='int8"):
+    with pytest.raises(ValueError, match=r"quantized then.*Received: dtype='int8"):
         gl.load(exported, dtype="int8_from_float32")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match="pip install gguf"):

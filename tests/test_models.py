@@ -452,3 +452,38 @@ def test_a_preset_is_a_name_or_a_path():
         gl.load(["a"])
     with pytest.raises(ValueError, match="dtype is a Keras dtype policy, such as"):
         gl.load(dtype="half")
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_preset_has_dtypes_of_its_own(tiny_factory, tmp_path, mode):
+    model = tiny_factory()
+    model.backbone.quantize(mode)
+    model.save_to_preset(tmp_path)
+    assert models._is_quantized(tmp_path)
+    with pytest.raises(ValueError, match="is quantized: each of its layers has a dtype"):
+        gl.load(tmp_path, dtype="float32")
+
+
+def test_a_model_is_quantized_after_it_is_loaded():
+    with pytest.raises(ValueError, match=r"model.backbone.quantize\('int8'\)"):
+        gl.load(dtype="int8_from_float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", r"config.json cannot be read"),
+        ("[]", "is of no model: it is a list"),
+        ('{"model_type": "llama"}', "of the kind 'llama', and not a Gemma"),
+    ],
+)
+def test_a_folder_of_something_else_is_said(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        gl.load(tmp_path)
+
+
+def test_a_model_with_pictures_that_gl_did_not_load_is_said(with_pictures):
+    _, whole = with_pictures
+    with pytest.raises(ValueError, match=r"gl works on its text part. Load that"):
+        gl.fit(whole, [{"question": "Why?", "answer": "So."}])

@@ -440,7 +440,9 @@ def test_columns_maps_only_the_four_columns():
     with pytest.raises(
         ValueError, match=r"instruction, context, response, category .* Received: \['question'\]"
     ):
-        load_records([ASKED], columns={"question": "instruction"})
+        load_records([ASKED], columns={"question": "frage"})
+    with pytest.raises(ValueError, match=r"wrong way round: columns=\{'instruction': 'frage'\}"):
+        load_records([ASKED], columns={"frage": "instruction"})
 
 
 def test_on_error_is_raise_or_skip():
@@ -643,7 +645,7 @@ def test_a_file_that_is_no_csv_in_utf_8_is_refused(file, content):
         load_records(file("rows.csv", content), on_error="skip")
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 RECORD = st.fixed_dictionaries(
     {
         "instruction": TEXT.filter(str.strip),
@@ -857,7 +859,7 @@ def test_columns_that_are_not_used_are_named_once():
     ("source", "message"),
     [
         ([{"frage": "Warum?", "antwort": "Darum."}],
-         r"columns=\{'instruction': 'frage', 'response': 'antwort'\}\.$"),
+         r"columns=\{'instruction': 'frage', 'response': 'antwort'\}\)\.$"),
         ([{"text": "### Instruction: Why?"}], r"among the fields \['text'\]\.$"),
         (["Instruction:\nWhy?"], r"has named fields.* Received: str, 'Instruction.*\.$"),
         ([ASKED, {"instruction": "Why?"}], 'pass on_error="skip"'),
@@ -937,3 +939,114 @@ def test_messages_of_one_chat_are_no_rows():
 def test_a_folder_is_no_file_of_records(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder. Pass the file in it"):
         load_records(tmp_path)
+
+
+# Chats, columns and files in the ways of other tools
+
+USER, BOT, SYSTEM = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Why?"), ("assistant", "So."), ("system", "Be short."))
+)
+ASKED_OF_CHATS = {"instruction": "Why?", "response": "So.", "category": ""}
+
+
+@pytest.mark.parametrize(
+    ("row", "context"),
+    [
+        ({"messages": [{"role": "User", "content": "Why?"}, {"role": "bot", "text": "So."}]}, ""),
+        ({"messages": [{**USER, "content": [{"text": "Why?"}]}, BOT]}, ""),
+        ({"messages": [{**USER, "content": ["Why?"]}, {"role": "model", "parts": ["So."]}]}, ""),
+        ({"messages": [USER, {**BOT, "content": [{"type": "output_text", "text": "So."}]}]}, ""),
+        ({"messages": [{**SYSTEM, "role": "developer"}, USER, BOT]}, "Be short."),
+        ({"messages": [SYSTEM, USER, BOT], "context": "DOC"}, "Be short.\n\nDOC"),
+        ({"messages": [], "prompt": "Why?", "completion": "So."}, ""),
+        ({"prompt": [USER], "completion": "So."}, ""),
+        ({"Prompt": [USER], "Completion": [BOT]}, ""),
+        ({"prompt": np.array([USER]), "response": np.array([BOT])}, ""),
+        ({"prompt": json.dumps([SYSTEM, USER]), "completion": json.dumps([BOT])}, "Be short."),
+        ({"system_message": "Be short.", "question": "Why?", "answer": "So."}, "Be short."),
+        ({"history": np.array([]), "question": "Why?", "answer": "So."}, ""),
+        ({"history": "[]", "question": "Why?", "answer": "So."}, ""),
+    ],
+)
+def test_a_chat_is_read_in_the_ways_of_other_tools(row, context):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [record] = load_records([row]).to_list()
+    assert record == {**ASKED_OF_CHATS, "context": context}
+
+
+def test_a_column_that_the_caller_names_has_that_meaning_alone():
+    columns = {"instruction": "q", "response": "a", "context": "system"}
+    [record] = load_records([{"system": "s", "q": "Why?", "a": "So."}], columns=columns).to_list()
+    assert record["context"] == "s"
+    columns["context"] = "history"
+    rows = [{"history": "h", "q": "Why?", "a": "So."}]
+    assert load_records(rows, columns=columns)["context"][0] == "h"
+    rows = [{"Frage": "Why?", "answer": "So."}]
+    assert load_records(rows, columns={"instruction": "frage"})["instruction"][0] == "Why?"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{**USER, "content": [{"type": "text"}]}, BOT]}, "only text can be used"),
+        ({"Question": "Why?", "question": "How?", "answer": "So."}, "two columns could be meant"),
+        ({"question": "W\0h\0y", "answer": "So."}, "NUL characters, which are no text"),
+    ],
+)
+def test_what_could_mean_two_things_or_nothing_is_said(row, message):
+    with pytest.raises(ValueError, match=message):
+        load_records([row])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "sep=;\nquestion;answer\nWhy?;So."),
+        ("b.csv", "\n\nquestion;answer\nWhy?;So."),
+        ("d.csv", "question;answer\rWhy?;So."),
+        ("e.csv", 'question, answer\n"Why?", "So."'),
+        ("f.tsv", 'question\tanswer\tnote\nWhy?\tSo.\t5" wide'),
+        ("g.JSONL.GZ", gzip.compress(b'{"question": "Why?", "answer": "So."}')),
+    ],
+)
+def test_a_file_is_read_as_its_writer_meant_it(tmp_path, name, content):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="These columns are not used")
+        assert load_records(file).to_list() == [{**ASKED_OF_CHATS, "context": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,question,answer\nWhy?,How?,So.", "two columns called 'question'"),
+        ("a.parquet", b"no", "is not Parquet"),
+        ("a.xlsx", b"no", "is not an Excel file|take two packages"),
+        ("a.jsonl", "{'q': 'ü'}".encode("cp1252"), "Save the file again as UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ValueError, ImportError), match=message):
+        load_records(tmp_path / name)
+
+
+def test_tables_of_arrow_and_homes_are_read(tmp_path, monkeypatch):
+    table = datasets.Dataset.from_list([ASKED]).data.table
+    assert load_records(table).to_list() == load_records([ASKED]).to_list()
+    (tmp_path / "mine.jsonl").write_text(json.dumps(ASKED))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_records("~/mine.jsonl")) == 1
+    with pytest.raises(TypeError, match="with the splits train, test"):
+        load_records({"train": [ASKED], "test": [ASKED]})
+
+
+def test_questions_that_differ_in_signs_are_different():
+    asked = ["What is C?", "what is C ?", "What is C++?"]
+    rows = [{"question": question, "answer": "So."} for question in asked]
+    train, held_out = load_records(rows, held_out=1, seed=0)
+    assert held_out["instruction"][:] == ["What is C++?"]
+    assert len(train) == 2

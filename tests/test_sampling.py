@@ -1,3 +1,4 @@
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
@@ -308,7 +309,10 @@ def test_a_sampler_whose_config_does_not_tell_all_is_not_mixed_up(tiny):
     [
         ({"prompts": ""}, "A prompt is text"),
         ({"prompts": [QUESTION, None]}, "A prompt is text"),
-        ({"prompts": {"frage": QUESTION}}, "no 'instruction' among the fields"),
+        (
+            {"prompts": {"frage": QUESTION}},
+            r"record with an instruction .* Received the fields \['frage'\]",
+        ),
         ({"prompts": {"instruction": QUESTION, "context": 5}}, "'context' must be text"),
         ({"prompts": [{"role": "user", "content": "a"}] * 2}, "has one user turn"),
         ({"prompts": {"instruction": QUESTION, "history": [["a", "b"]]}}, "earlier turns"),
@@ -474,3 +478,28 @@ def test_a_temperature_near_zero_is_greedy_and_a_high_one_is_not(tiny):
     assert gl.generate(tiny, QUESTION, max_new_tokens=8, temperature=5.0) != greedy
     streamed = "".join(gl.stream(tiny, QUESTION, max_new_tokens=8, temperature=0.7, seed=3))
     assert gl.generate(tiny, QUESTION, max_new_tokens=8, temperature=0.7, seed=3) == streamed
+
+
+def test_a_row_of_a_frame_and_a_file_are_prompts(tiny, tmp_path):
+    frame = pd.DataFrame([{"question": QUESTION, "answer": "So."}])
+    alone = gl.generate(tiny, QUESTION, max_new_tokens=4)
+    assert gl.generate(tiny, frame.iloc[0], max_new_tokens=4) == alone
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps({"question": QUESTION}) + "\n")
+    assert gl.generate(tiny, file, max_new_tokens=4) == [alone]
+    assert gl.generate(tiny, str(file), max_new_tokens=4) == [alone]
+
+
+def test_without_a_template_nothing_is_dropped_in_silence(tiny):
+    with pytest.raises(ValueError, match="Without a template, a prompt has no place for a context"):
+        gl.generate(tiny, {"question": QUESTION, "context": "Read this."}, template=None)
+
+
+def test_a_temperature_too_low_for_numbers_is_greedy(tiny):
+    options = {"max_new_tokens": 8, "temperature": 1e-9}
+    assert gl.generate(tiny, QUESTION, **options) == gl.generate(tiny, QUESTION, max_new_tokens=8)
+
+
+def test_columns_that_a_prompt_has_no_use_for_are_said(tiny):
+    with pytest.warns(UserWarning, match="not used: 'document'"):
+        gl.generate(tiny, {"question": QUESTION, "document": "Read."}, max_new_tokens=1)

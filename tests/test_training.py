@@ -482,3 +482,31 @@ print(gl.generate(model, "Name a river.", max_new_tokens=4))
         said[count] = done.stdout.splitlines()
     assert float(said["1"][0]) == pytest.approx(float(said["2"][0]), rel=1e-5)
     assert said["1"][1] == said["2"][1]
+
+
+def test_a_run_that_dies_leaves_the_template_with_what_was_learned(tiny_factory, world):
+    class Die(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                raise RuntimeError("died")
+
+    own = gl.Template("qa", "Q: {instruction}\nA: ", "{context}\nQ: {instruction}\nA: ")
+    model = tiny_factory()
+    gl.enable_lora(model)
+    with pytest.raises(RuntimeError, match="died"):
+        gl.fit(model, world[0].select(range(40)), template=own, callbacks=Die(), verbose=0)
+    assert model.gemma_lora.run["template"] == own
+    assert model.gemma_lora.run["steps"] == 2
+    assert "(2 steps), then stopped" in gl.model_card(model)
+
+
+def test_a_callback_that_would_load_into_the_base_is_refused(tiny_lora, world, tmp_path):
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint_dir='a folder' takes its place"):
+        gl.fit(tiny_lora, world[0].select(range(2)), callbacks=backup)
+
+
+def test_columns_that_training_has_no_use_for_are_said(tiny_lora):
+    rows = [{"question": "Why?", "answer": "So.", "Persona": "A pirate."}]
+    with pytest.warns(UserWarning, match="not used: 'Persona'"):
+        gl.fit(tiny_lora, rows, verbose=0)

@@ -9,12 +9,17 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".xlsx")
+
+# A quoted field in TSV: from its beginning to its end.
+_QUOTED_IN_TSV = re.compile(r'(?:^|\t)"(?:[^"]|"")*"(?:\t|\r?$)', re.MULTILINE)
 
 # What may stand between the fields of a CSV file.
 _SEPARATORS = (",", ";", "\t", "|")
@@ -42,9 +47,13 @@ def rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
     elif kind == ".json":
         yield from _rows_of_json(path)
     elif kind == ".parquet":
+        import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(path)
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from None
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(table.to_pylist()))
     elif kind == ".xlsx":
         yield from _rows_of_excel(path)
@@ -65,7 +74,8 @@ def _kind(path: Path) -> str:
 def _bytes(path: Path) -> bytes:
     """Read a whole file, unpacked if it is gzipped."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix.lower() == ".gz" else content
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}.") from None
 
@@ -89,10 +99,24 @@ def _text(path: Path) -> str:
 
 
 def _rows_of_csv(path: Path, separator: str | None) -> Iterator[tuple[str, object]]:
-    text = _text(path)
+    text = _text(path).lstrip("\r\n")
+    if said := re.match(r"sep=(.)\r?\n", text):
+        # Excel's own way to say what separates the fields.
+        separator = said[1]
+        text = text[said.end() :]
+    is_tsv = separator == "\t"
     separator = separator or _separator(text)
-    # `strict`, because otherwise a quote that is never closed swallows the rest.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    # `strict`, because otherwise a quote that is never closed swallows the rest. In
+    # TSV, quotes are letters, unless they enclose a field.
+    plain = is_tsv and not _QUOTED_IN_TSV.search(text)
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=separator, strict=True, quoting=quoting,
+        skipinitialspace=separator in ",;",
+    )  # fmt: skip
+    names = reader.fieldnames or []
+    if twins := {name for name in names if name and names.count(name) > 1}:
+        raise ValueError(f"{path} has two columns called {min(twins)!r}. Rename one.")
     try:
         while True:
             with _any_length():
@@ -129,7 +153,7 @@ def _separator(text: str) -> str:
     >>> _separator('"Question, please";Answer')
     ';'
     """
-    header = text.lstrip().partition("\n")[0]
+    header = re.split(r"\r|\n", text.lstrip(), maxsplit=1)[0]
     outside = "".join(header.split('"')[::2])
     return max(_SEPARATORS, key=outside.count)
 
@@ -162,7 +186,9 @@ def _rows_of_json_lines(path: Path) -> Iterator[tuple[str, object]]:
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except UnicodeDecodeError as error:
+            row = ValueError(f"not a line of JSON: {error}. Save the file again as UTF-8.")
+        except json.JSONDecodeError as error:
             row = ValueError(f"not a line of JSON: {error}.")
         yield f"{path}, line {number}", row
 
@@ -172,6 +198,8 @@ def _rows_of_excel(path: Path) -> Iterator[tuple[str, object]]:
         import pandas
 
         frame = pandas.read_excel(path)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an Excel file: {error}.") from None
     except ImportError:
         raise ImportError(
             "Excel files take two packages: pip install pandas openpyxl. Or save the sheet as "

@@ -17,6 +17,8 @@ _NEVER_IN_TEXT = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 # What Transformers calls the families whose tokenizers can be made here.
 _MODEL_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
+# Kinds that KerasHub itself reads.
+_OTHER_GEMMAS = ("gemma4", "gemma4_text", "gemma3n", "vaultgemma")
 
 
 def load_preset(kind: type, source: str, **options):
@@ -37,6 +39,10 @@ def load_preset(kind: type, source: str, **options):
         return kind.from_preset(source, **options)
     # private: KerasHub's loader of a preset, and its attribute `config`
     config = get_preset_loader(source).config
+    if config.get("model_type", "gemma") not in (*_MODEL_TYPES, *_OTHER_GEMMAS):
+        raise ValueError(
+            f"{source} is of the kind {config['model_type']!r}, and not a Gemma 1, 2 or 3."
+        )
     tokenizer = _tokenizer_from_json(source, config)
     if not issubclass(kind, models.CausalLM):
         return kind.from_preset(source, **options) if tokenizer is None else tokenizer
@@ -55,6 +61,17 @@ def load_preset(kind: type, source: str, **options):
     else:
         preprocessor = make_preprocessor(tokenizer=tokenizer, **no_pictures)
     return getattr(models, f"{family}CausalLM")(backbone=backbone, preprocessor=preprocessor)
+
+
+def read_config(folder: Path) -> dict:
+    """Read a preset's config.json. Raises ValueError if it is damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json is of no model: it is a {type(config).__name__}.")
+    return config
 
 
 def has_vision(config: dict) -> bool:
@@ -79,7 +96,7 @@ def backbone_config(folder: Path) -> tuple[str, dict, bool]:
     """
     from keras_hub.src.utils.preset_utils import get_preset_loader
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_config(folder)
     with_pictures = has_vision(config)
     if "class_name" in config:
         return config["class_name"], config["config"], with_pictures

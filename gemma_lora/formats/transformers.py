@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from gemma_lora.formats.card import model_card, write_card, write_file, write_json
 from gemma_lora.lora import NAMES_IN_TRANSFORMERS, kernel_shape, linear_layers, merged_kernel
-from gemma_lora.models import template_of, write_note
+from gemma_lora.models import NOTE_IN_JINJA, check_text_alone, template_of, write_note
 from gemma_lora.options import a_path, with_options
 from gemma_lora.sampling import generate
 from gemma_lora.tables import ShowsAsTable, Table
@@ -67,9 +67,9 @@ def _check_exportable(model) -> None:
     backbone = model.backbone
     kind = type(backbone).__name__
     # private: the two attributes that tell other Gemmas from those that we can export
-    has_vision = getattr(backbone, "vision_encoder", None) is not None
     ties_weights = getattr(backbone.token_embedding, "tie_weights", True)
-    if kind not in ("GemmaBackbone", "Gemma3Backbone") or has_vision:
+    check_text_alone(model)
+    if kind not in ("GemmaBackbone", "Gemma3Backbone"):
         raise ValueError(
             f"Gemma 1, Gemma 2 and Gemma 3 text models can be exported. Received: {kind}"
         )
@@ -78,7 +78,7 @@ def _check_exportable(model) -> None:
     if quantized:
         raise ValueError(
             f"{len(quantized)} of {len(layers)} layers are quantized, such as {quantized[0]}. "
-            "Load the base in bfloat16 or float32, and export that."
+            "Load the preset that the base was quantized from, and export that."
         )
     if not ties_weights:
         raise ValueError(
@@ -327,8 +327,8 @@ def chat_template(template: Template) -> str:
     parts, of which those of type "text" are read.
 
     >>> from gemma_lora.templates import TEMPLATES
-    >>> print(chat_template(TEMPLATES["recipe"])[-72:-23])
-    {{ "Instruction:\\n" + text + "\\n\\nResponse:\\n" }}
+    >>> '{{ "Instruction:\\\\n" + text + ' in chat_template(TEMPLATES["recipe"])
+    True
     """
     # Doubled braces are Jinja's own, in an f-string. What is set within a loop is
     # forgotten after its turn, but for the attributes of a namespace.
@@ -340,15 +340,24 @@ def chat_template(template: Template) -> str:
         ' | map(attribute="text") | join("\n\n") %}{% endif %}'
         '{% if message["role"] in ["assistant", "model"] %}'
         f"{answer}"
-        '{% elif message["role"] == "system" %}'
+        '{% elif message["role"] in ["system", "developer"] %}'
         '{% if asked.context %}{% set text = asked.context + "\n\n" + text %}{% endif %}'
         "{% set asked.context = text %}"
+        '{% elif message["role"] not in ["user", "human"] %}'
+        '{{ raise_exception("There is no place for a turn of " + message["role"]) }}'
         "{% elif asked.context | trim %}"
         f"{_in_jinja(template.with_context)}"
         '{% set asked.context = "" %}{% else %}'
         f"{_in_jinja(template.without_context)}"
         "{% endif %}{% endfor %}"
+        # What Transformers saves again keeps this, and nothing else of the template.
+        f"{{# {NOTE_IN_JINJA}{_noted(template)} #}}"
     )
+
+
+def _noted(template: Template) -> str:
+    """Return a template as JSON that cannot end a comment of Jinja."""
+    return json.dumps({"template": vars(template)}).replace("#", "\\u0023")
 
 
 def _in_jinja(text: str) -> str:
