@@ -445,15 +445,15 @@ def _as_prompt(prompt) -> str | dict[str, str]:
                 f"A prompt is text, or a record with an instruction. Received: {prompt!r:.80}"
             )
         return prompt
-    row = {}
     responses = []
+    row = {}
     for name, value in prompt.items():
-        if _plain(name) in _CHATS and value is not None:
-            row |= _question_of(value)
-        elif _plain(name) in _OTHER_NAMES["response"]:
+        if _plain(name) in _OTHER_NAMES["response"]:
             responses += [value] if isinstance(value, str) and value.strip() else []
         else:
             row[name] = value
+    for chat in [name for name in row if _plain(name) in _CHATS and _is_filled(row[name])]:
+        row = _filled_in(row, _question_of(row.pop(chat)))
     names = [name for name in row if _plain(name) in _OTHER_NAMES["instruction"]]
     if not names:
         raise ValueError(
@@ -723,7 +723,7 @@ def _without_turns(row: Mapping) -> Mapping:
     """
     for name in row:
         if _plain(name) in _CHATS and _is_filled(row[name]):
-            return {**row, **_beside(row, _from_turns(row[name]))}
+            return _filled_in(row, _from_turns(row[name]))
     by_plain_name = {_plain(name): name for name in row}
     if not {*by_plain_name} & {*_OTHER_NAMES["instruction"]}:
         # Then an empty chat is what is wrong.
@@ -742,8 +742,8 @@ def _without_turns(row: Mapping) -> Mapping:
     ):
         # Two texts are no chat.
         return row
-    filled = _beside(row, _from_turns([turn for said in turns for turn in said]))
-    return {**row, prompt: None, answer: None, **filled}
+    rest = {name: value for name, value in row.items() if name not in (prompt, answer)}
+    return _filled_in(rest, _from_turns([turn for said in turns for turn in said]))
 
 
 def _as_turns(said, role: str) -> list:
@@ -759,11 +759,14 @@ def _as_turns(said, role: str) -> list:
     return [*said] if is_many else []
 
 
-def _beside(row: Mapping, filled: dict[str, str | None]) -> dict[str, str | None]:
-    """Add a row's own context to what a chat fills."""
+def _filled_in(row: Mapping, filled: dict[str, str | None]) -> dict:
+    """Return a row with what a chat fills. Its own context stays, below the chat's."""
     own = [row[n] for n in row if _plain(n) in _OTHER_NAMES["context"] and _is_filled(row[n])]
-    parts = [filled["context"], *own]
-    return filled | {"context": "\n\n".join(p for p in parts if isinstance(p, str) and p) or None}
+    parts = [part for part in (filled["context"], *own) if isinstance(part, str) and part]
+    # Under any name, what the chat says goes before what stands beside it.
+    replaced = {name for column in filled for name in _OTHER_NAMES[column]}
+    rest = {name: value for name, value in row.items() if _plain(name) not in replaced}
+    return rest | filled | {"context": "\n\n".join(parts) or None}
 
 
 def _is_filled(value) -> bool:

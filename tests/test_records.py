@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from gemma_lora import models
 from gemma_lora import records as records_module
-from gemma_lora.records import COLUMNS, DOLLY, load_data, load_dolly, load_records
+from gemma_lora.records import COLUMNS, DOLLY, as_prompts, load_data, load_dolly, load_records
 from gemma_lora.tiny import world
 from gemma_lora.tiny.questions import held_out_subjects, load_tiny_world
 
@@ -959,6 +959,7 @@ ASKED_OF_CHATS = {"instruction": "Why?", "response": "So.", "category": ""}
         ({"messages": [USER, {**BOT, "content": [{"type": "output_text", "text": "So."}]}]}, ""),
         ({"messages": [{**SYSTEM, "role": "developer"}, USER, BOT]}, "Be short."),
         ({"messages": [SYSTEM, USER, BOT], "context": "DOC"}, "Be short.\n\nDOC"),
+        ({"Context": "DOC", "messages": [USER, BOT]}, "DOC"),
         ({"messages": [], "prompt": "Why?", "completion": "So."}, ""),
         ({"prompt": [USER], "completion": "So."}, ""),
         ({"Prompt": [USER], "Completion": [BOT]}, ""),
@@ -1050,3 +1051,11 @@ def test_questions_that_differ_in_signs_are_different():
     train, held_out = load_records(rows, held_out=1, seed=0)
     assert held_out["instruction"][:] == ["What is C++?"]
     assert len(train) == 2
+
+
+def test_what_stands_beside_a_chat_is_kept_or_named():
+    with pytest.warns(UserWarning, match="not used: 'Response'"):
+        [record] = load_records([{"messages": [USER, BOT], "Response": "Else."}]).to_list()
+    assert record["response"] == "So."
+    _, [prompt] = as_prompts({"context": "DOC", "messages": [SYSTEM, USER]})
+    assert prompt == {"instruction": "Why?", "context": "Be short.\n\nDOC"}
