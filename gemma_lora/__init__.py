@@ -31,6 +31,7 @@ _NAMES_IN = {
     "tables": ("Table",),
     "access.kaggle": ("find_credentials", "kaggle_login"),
     "records": ("COLUMNS", "load_data", "load_dolly", "load_records"),
+    "audits": ("audit",),
     "tiny.questions": ("load_tiny_world",),
     "templates": ("TEMPLATES", "Template", "get_template"),
     "models": ("load", "recommended"),
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     # ruff: noqa: F401
     from gemma_lora import exercises
     from gemma_lora.access.kaggle import find_credentials, kaggle_login
+    from gemma_lora.audits import audit
     from gemma_lora.checks import check
     from gemma_lora.evaluation import compare, distinct, evaluate, perplexity
     from gemma_lora.figures import (

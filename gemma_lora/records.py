@@ -294,6 +294,16 @@ def _checked_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
     return columns
 
 
+def question_of(record: Mapping[str, str]) -> str:
+    """Return a record's question and context without case, blanks and the last sign.
+
+    >>> question_of({"instruction": "Why ?", "context": ""})
+    'why'
+    """
+    words = f"{record['instruction']} {record['context']}".lower().split()
+    return " ".join(words).rstrip(" ?.!")
+
+
 def _split(records: list[dict[str, str]], held_out: float, seed: int) -> tuple[list, list]:
     """Split records into (train, held out), with equal questions on the same side.
 
@@ -308,8 +318,7 @@ def _split(records: list[dict[str, str]], held_out: float, seed: int) -> tuple[l
     # By question, the places of its records.
     groups: dict[str, list[int]] = {}
     for place, record in enumerate(records):
-        question = " ".join(f"{record['instruction']} {record['context']}".lower().split())
-        groups.setdefault(question.rstrip(" ?.!"), []).append(place)
+        groups.setdefault(question_of(record), []).append(place)
     questions = [*groups.values()]
     random.Random(seed).shuffle(questions)
     chosen: set[int] = set()

@@ -61,10 +61,10 @@ def test_an_unknown_name_is_an_attribute_error_with_the_list():
 # it.
 STREET = [
     "options", "runtime", "tables", "access.kaggle", "access.fetch", "access.preset",
-    "access.gguf", "access.files", "records", "templates", "models", "tokens", "batches", "lora",
-    "loss", "memory", "checks", "progress", "checkpoints", "training", "sampling", "evaluation",
-    "sweeps", "figures", "formats.card", "formats.transformers", "formats.peft", "formats.gguf",
-    "formats.adapter", "formats.upload", "exercises",
+    "access.gguf", "access.files", "records", "audits", "templates", "models", "tokens", "batches",
+    "lora", "loss", "memory", "checks", "progress", "checkpoints", "training", "sampling",
+    "evaluation", "sweeps", "figures", "formats.card", "formats.transformers", "formats.peft",
+    "formats.gguf", "formats.adapter", "formats.upload", "exercises",
 ]  # fmt: skip
 
 

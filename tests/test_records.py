@@ -947,6 +947,8 @@ USER, BOT, SYSTEM = (
     {"role": role, "content": text}
     for role, text in (("user", "Why?"), ("assistant", "So."), ("system", "Be short."))
 )
+# The time of packing would be a part of the test's name, and differ between processes.
+GZIPPED = gzip.compress(b'{"question": "Why?", "answer": "So."}', mtime=0)
 ASKED_OF_CHATS = {"instruction": "Why?", "response": "So.", "category": ""}
 
 
@@ -1009,7 +1011,7 @@ def test_what_could_mean_two_things_or_nothing_is_said(row, message):
         ("d.csv", "question;answer\rWhy?;So."),
         ("e.csv", 'question, answer\n"Why?", "So."'),
         ("f.tsv", 'question\tanswer\tnote\nWhy?\tSo.\t5" wide'),
-        ("g.JSONL.GZ", gzip.compress(b'{"question": "Why?", "answer": "So."}')),
+        ("g.JSONL.GZ", GZIPPED),
     ],
 )
 def test_a_file_is_read_as_its_writer_meant_it(tmp_path, name, content):
