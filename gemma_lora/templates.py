@@ -40,6 +40,8 @@ class Template:
             have a context.
         end: The token that ends a response. Training teaches it, generation stops at
             it.
+        between: In a talk of several turns, what stands between that token and the next
+            question.
 
     Raises:
         ValueError: A text does not have exactly these fields.
@@ -49,6 +51,7 @@ class Template:
     without_context: str
     with_context: str
     end: str = "<eos>"
+    between: str = ""
 
     def __post_init__(self):
         for text, needed in (
@@ -146,6 +149,7 @@ TEMPLATES: dict[str, Template] = {
             "<start_of_turn>user\n{instruction}\n\n{context}<end_of_turn>\n<start_of_turn>model\n"
         ),
         end="<end_of_turn>",
+        between="\n",
     ),
 }
 

@@ -284,7 +284,24 @@ def test_a_chat_asks_as_training_did(name):
     both = template.prompt({"instruction": question, "context": f"{rule}\n\n{rule}"})
     assert said(("system", rule), ("system", rule), ("user", parts)) == f"<bos>{both}"
     talk = said(("system", rule), ("user", question), ("assistant", "The Sava."), ("user", "And?"))
-    assert talk == f"<bos>{with_rule}The Sava.{template.end}{template.prompt('And?')}"
+    end = template.end + template.between
+    assert talk == f"<bos>{with_rule}The Sava.{end}{template.prompt('And?')}"
+
+
+def test_a_talk_in_turns_is_written_as_google_does():
+    """https://ai.google.dev/gemma/docs/core/prompt-structure"""
+    chat = jinja2.Template(transformers_format.chat_template(TEMPLATES["turns"]))
+    messages = [
+        {"role": "user", "content": "knock knock"},
+        {"role": "model", "content": "who is there"},
+        {"role": "user", "content": "Gemma"},
+    ]
+    assert chat.render(messages=messages, bos_token="<bos>") == (
+        "<bos><start_of_turn>user\nknock knock<end_of_turn>\n"
+        "<start_of_turn>model\nwho is there<end_of_turn>\n"
+        "<start_of_turn>user\nGemma<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
 
 
 ONE = np.ones((1, 1), "float32")

@@ -116,19 +116,34 @@ def test_spare_rows_of_the_embedding_get_names(tmp_path):
     assert tokenizer_of(again).encode([TEXT]) == tokenizer_of(model).encode([TEXT])
 
 
-def go(template: str, content: str, role: str) -> str:
-    """Render one message as Ollama does, which runs a template in Go."""
-    answer, question = re.fullmatch(
-        r'{{ range .Messages }}{{ if eq .Role "assistant" }}(.*){{ else }}(.*){{ end }}{{ end }}',
+def go(template: str, *messages: tuple[str, str]) -> str:
+    """Render messages as Ollama does, which runs a template in Go.
+
+    It has what system turns say as `.System`, and all turns as `.Messages`.
+    """
+    answer, with_system, question = re.fullmatch(
+        r'{{ \$system := .System }}{{ range .Messages }}{{ if eq .Role "assistant" }}(.*)'
+        r'{{ else if eq .Role "user" }}{{ if \$system }}(.*){{ \$system = "" }}'
+        r"{{ else }}(.*){{ end }}{{ end }}{{ end }}",
         template,
         re.DOTALL,
     ).groups()
-    said = answer if role == "assistant" else question
-    return re.sub(
-        r'{{ (?:"\\U([0-9a-f]{8})"|\.Content) }}',
-        lambda action: chr(int(action[1], 16)) if action[1] else content,
-        said,
-    )
+    system = "\n\n".join(content for role, content in messages if role == "system")
+    text = ""
+    for role, content in messages:
+        if role not in ("user", "assistant"):
+            continue
+        said = answer if role == "assistant" else with_system if system else question
+        values = {".Content": content, "$system": system}
+        text += re.sub(
+            r'{{ (?:"\\U([0-9a-f]{8})"|(\.Content|\$system)) }}',
+            lambda action, values=values: (
+                chr(int(action[1], 16)) if action[1] else values[action[2]]
+            ),
+            said,
+        )
+        system = "" if role == "user" else system
+    return text
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), OWN], ids=lambda template: template.name)
@@ -149,8 +164,15 @@ def test_the_template_of_tuning_goes_along(tmp_path, template):
     assert "FROM ./my model.gguf\n" in modelfile
     assert f'PARAMETER stop "{template.end}"\n' in modelfile
     [for_ollama] = re.findall(r'TEMPLATE """(.*?)"""\n', modelfile, re.DOTALL)
-    assert go(for_ollama, question, "user") == template.prompt(question)
-    assert go(for_ollama, "A horse.", "assistant") == f"A horse.{template.end}"
+    assert go(for_ollama, ("user", question)) == template.prompt(question)
+    end = template.end + template.between
+    assert go(for_ollama, ("assistant", "A horse.")) == f"A horse.{end}"
+    messages = (("system", "Be short."), ("user", question), ("assistant", "So."), ("user", "Why?"))
+    with_system = template.prompt({"instruction": question, "context": "Be short."})
+    assert go(for_ollama, *messages) == f"{with_system}So.{end}{template.prompt('Why?')}"
+    chat_messages = [{"role": role, "content": content} for role, content in messages]
+    said = chat.render(messages=chat_messages, bos_token="<bos>")
+    assert said == f"<bos>{go(for_ollama, *messages)}"
     # Ollama's parser reads them, and drops what cannot be printed.
     assert all(letter.isprintable() or letter == "\n" for letter in modelfile)
     assert gl.recommended(str(tmp_path / "my model.gguf")).template == named(template)

@@ -353,25 +353,27 @@ def _is_same(ours, read) -> bool:
 def ollama_template(template: Template) -> str:
     """Return a template as Ollama's Modelfile wants it, in the syntax of Go.
 
-    Ollama puts `<bos>` before it, because the file's `add_bos_token` says so.
+    Ollama puts `<bos>` before it, because the file's `add_bos_token` says so. What the
+    system says is the context of the first question, as in `chat_template`. Turns of
+    other roles are left out.
 
     >>> from gemma_lora.templates import TEMPLATES
-    >>> print(ollama_template(TEMPLATES["recipe"])[-67:])
-    {{ else }}Instruction:
-    {{ .Content }}
-    <BLANKLINE>
-    Response:
-    {{ end }}{{ end }}
+    >>> 'else if eq .Role "user"' in ollama_template(TEMPLATES["recipe"])
+    True
     """
-    question = ""
-    for literal, field, _, _ in Formatter().parse(template.without_context):
-        question += _go_text(literal)
-        if field:
-            question += "{{ .Content }}"
-    answer = f"{{{{ .Content }}}}{_go_text(template.end)}"
+    fields = {"instruction": "{{ .Content }}", "context": "{{ $system }}"}
+
+    def in_go(text: str) -> str:
+        parts = Formatter().parse(text)
+        return "".join(_go_text(literal) + fields.get(field, "") for literal, field, _, _ in parts)
+
+    question = in_go(template.without_context)
+    with_system = in_go(template.with_context)
+    answer = f"{{{{ .Content }}}}{_go_text(template.end + template.between)}"
     return (
-        '{{ range .Messages }}{{ if eq .Role "assistant" }}'
-        f"{answer}{{{{ else }}}}{question}{{{{ end }}}}{{{{ end }}}}"
+        '{{ $system := .System }}{{ range .Messages }}{{ if eq .Role "assistant" }}'
+        f'{answer}{{{{ else if eq .Role "user" }}}}{{{{ if $system }}}}{with_system}'
+        f'{{{{ $system = "" }}}}{{{{ else }}}}{question}{{{{ end }}}}{{{{ end }}}}{{{{ end }}}}'
     )
 
 

@@ -332,7 +332,7 @@ def chat_template(template: Template) -> str:
     """
     # Doubled braces are Jinja's own, in an f-string. What is set within a loop is
     # forgotten after its turn, but for the attributes of a namespace.
-    answer = f"{{{{ text + {json.dumps(template.end)} }}}}"
+    answer = f"{{{{ text + {json.dumps(template.end + template.between)} }}}}"
     return (
         '{{ bos_token }}{% set asked = namespace(context="") %}{% for message in messages %}'
         '{% if message["content"] is string %}{% set text = message["content"] %}{% else %}'
