@@ -81,7 +81,7 @@ def test_a_split_of_load_records_has_no_question_on_both_sides():
 
 
 def test_the_small_world_is_as_clean_as_it_says():
-    train, held_out = gl.load_tiny_world()
+    train, held_out = (part.select(range(400)) for part in gl.load_tiny_world())
     leaks = {what: rows for what, rows in found(train, held_out).items() if "held out" in what}
     assert "a question that training has, too (held out)" not in leaks
 

@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 import sentencepiece
+from families import random_gemma
 from keras_hub.src.models.gemma3.gemma3_vision_encoder import Gemma3VisionEncoder
 from sentencepiece import sentencepiece_model_pb2
 
@@ -455,8 +456,8 @@ def test_a_preset_is_a_name_or_a_path():
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_quantized_preset_has_dtypes_of_its_own(tiny_factory, tmp_path, mode):
-    model = tiny_factory()
+def test_a_quantized_preset_has_dtypes_of_its_own(tmp_path, mode):
+    model = random_gemma("gemma")
     model.backbone.quantize(mode)
     model.save_to_preset(tmp_path)
     assert models._is_quantized(tmp_path)
