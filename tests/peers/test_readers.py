@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_lora import randomize_adapters
 
 import gemma_lora as gl
+from gemma_lora.formats import transformers as transformers_format
 from gemma_lora.lora import ALL_LINEAR
 from gemma_lora.templates import text_pieces
 from gemma_lora.tokens import tokenizer_of
@@ -152,10 +153,8 @@ def test_the_export_verifies_itself(family, tmp_path, capfd):
 def test_an_export_that_reads_otherwise_is_an_error(tmp_path, monkeypatch, dtype, wrong):
     model = random_gemma("gemma2", dtype=dtype)
     assert gl.export_transformers(model, tmp_path, verify=True).difference < 0.1
-    config = gl.export_transformers.__globals__["transformers_config"](model) | wrong
-    monkeypatch.setitem(
-        gl.export_transformers.__globals__, "transformers_config", lambda model: config
-    )
+    config = transformers_format.transformers_config(model) | wrong
+    monkeypatch.setattr(transformers_format, "transformers_config", lambda model: config)
     with pytest.raises(RuntimeError, match=r"otherwise|differ"):
         gl.export_transformers(model, tmp_path, verify=True)
 
