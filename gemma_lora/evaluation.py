@@ -198,20 +198,20 @@ def evaluate(
     with counted("Questions", len(checked)) as count:
         greedy = chosen_sampler(None)
         given = answers_to(model, checked, greedy, template, max_new_tokens, None, count)
-    asked = Counter()
+    right, asked = _right_of(checked, given, is_right)
+    return replace(measured, right=right, asked=asked, answers=given)
+
+
+def _right_of(
+    records: Sequence[dict], answers: Sequence[str], is_right: Callable[[str, dict], bool]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Count by category: (right answers, questions), the largest category first."""
+    asked = Counter(record["category"] or "all" for record in records)
     right = Counter()
-    for record, answer in zip(checked, given, strict=True):
-        category = record["category"] or "all"
-        asked[category] += 1
-        right[category] += is_right(answer, record)
-    # The category with the most questions comes first.
+    for record, answer in zip(records, answers, strict=True):
+        right[record["category"] or "all"] += is_right(answer, record)
     categories = [name for name, _ in asked.most_common()]
-    return replace(
-        measured,
-        right={name: right[name] for name in categories},
-        asked={name: asked[name] for name in categories},
-        answers=given,
-    )
+    return {name: right[name] for name in categories}, {name: asked[name] for name in categories}
 
 
 # For each: what it counts, and how, from the words of an answer and of a response.

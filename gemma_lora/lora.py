@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Literal, TypeAlias
 
 import jax
@@ -28,7 +27,7 @@ from keras_hub.models import CausalLM
 
 from gemma_lora import runtime
 from gemma_lora.models import Merge, one_at_a_time, state_of
-from gemma_lora.options import some_texts, whole_number, with_options
+from gemma_lora.options import is_number, some_texts, whole_number, with_options
 from gemma_lora.tables import ShowsAsTable, Table
 
 # The layers of a decoder block that can take an adapter, in the order of its
@@ -186,7 +185,7 @@ def enable_lora(
     rank = whole_number("rank", rank)
     seed = None if seed is None else runtime.checked_seed(seed)
     alpha = rank if alpha is None else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf:
+    if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ValueError(f"alpha is a positive number. Received: alpha={alpha!r:.80}")
     alpha = float(alpha)
     if adopt(model) is not None:

@@ -8,7 +8,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -124,6 +124,15 @@ def whole_number(name: str, value, *, least: int = 1) -> int:
     return int(value)
 
 
+def is_number(value) -> bool:
+    """Return whether a value is a real number, NumPy's too; True and False are not.
+
+    >>> is_number(0.5), is_number("5e-5"), is_number(True)
+    (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def a_path(name: str, value) -> Path:
     """Return an option that is a file or folder, with ~ for the user's own.
 
@@ -174,7 +183,7 @@ def one_of(name: str, value, choices: tuple[str, ...]) -> str:
     ValueError: loss_on is "response" or "all". Received: loss_on='answer'
 
     Raises:
-        ValueError: It is none of them.
+        ValueError: It is another name, or no text.
     """
     if not isinstance(value, str) or value not in choices:
         *others, last = (f'"{choice}"' for choice in choices)

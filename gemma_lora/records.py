@@ -12,14 +12,13 @@ import random
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import datasets
 
 from gemma_lora.access.files import has_rows, rows_of_file
-from gemma_lora.options import one_of, whole_number, with_options
+from gemma_lora.options import is_number, one_of, whole_number, with_options
 from gemma_lora.runtime import checked_seed
 from gemma_lora.tiny.questions import load_tiny_world
 
@@ -309,7 +308,7 @@ def _split(records: list[dict[str, str]], held_out: float, seed: int) -> tuple[l
 
     Raises ValueError if nothing would be left on a side.
     """
-    if isinstance(held_out, bool) or not isinstance(held_out, Real) or not held_out > 0:
+    if not is_number(held_out) or not held_out > 0:
         raise ValueError(
             "held_out is how many records to hold out, or which share of them, such as 0.1. "
             f"Received: held_out={held_out!r:.80}"
@@ -690,6 +689,9 @@ _NUMBERS = ("", "unnamed0")
 
 def unused_columns(row: Mapping, columns: Mapping[str, str] | None = None) -> list[str]:
     """Return the names of a good row's fields that its record does not use."""
+    if {*row} <= {*COLUMNS}:
+        # As `load_records` returns them.
+        return []
     columns = columns or {}
     whole = _without_turns(row) if "instruction" not in columns else row
     used = {_plain(name) for name in _names(whole, columns).values() if name is not None}

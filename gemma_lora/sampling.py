@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -29,7 +28,7 @@ from keras_hub.samplers import Sampler
 from gemma_lora import runtime
 from gemma_lora.memory import explained_out_of_memory
 from gemma_lora.models import one_at_a_time, state_of, template_of
-from gemma_lora.options import whole_number, with_options
+from gemma_lora.options import is_number, whole_number, with_options
 from gemma_lora.records import Prompts, as_prompts
 from gemma_lora.templates import Template, get_template
 from gemma_lora.tokens import Tokenizer, tokenizer_of
@@ -708,7 +707,7 @@ def _drawing_options(temperature, top_k, top_p) -> dict[str, float | int]:
     """Check the options that say how to draw; return them by KerasHub's names."""
     options = {}
     if temperature is not None:
-        if not _is_number(temperature) or not 0 <= temperature < math.inf:
+        if not is_number(temperature) or not 0 <= temperature < math.inf:
             raise ValueError(
                 f"temperature is a number, 0 or more. Received: temperature={temperature!r:.80}"
             )
@@ -717,14 +716,10 @@ def _drawing_options(temperature, top_k, top_p) -> dict[str, float | int]:
     if top_k is not None:
         options["k"] = whole_number("top_k", top_k)
     if top_p is not None:
-        if not _is_number(top_p) or not 0 < top_p <= 1:
+        if not is_number(top_p) or not 0 < top_p <= 1:
             raise ValueError(f"top_p is above 0, and at most 1. Received: top_p={top_p!r:.80}")
         options["p"] = float(top_p)
     return options
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _fitting_sampler(options: dict, greedy: bool) -> str:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +49,7 @@ from gemma_lora.models import (
     state_of,
     template_of,
 )
-from gemma_lora.options import whole_number, with_options
+from gemma_lora.options import is_number, whole_number, with_options
 from gemma_lora.progress import LossCurve, Progress
 from gemma_lora.records import Records, as_records
 from gemma_lora.tables import ShowsAsTable, Table
@@ -326,8 +325,9 @@ class _Live:
         # A step that failed may have taken its arguments along.
         failed = error is not None and not _are_usable(self.state.adapters)
         diverged = isinstance(error, FloatingPointError)
-        self.kept = not (failed or diverged) and self.steps > 0
-        adapters = self.state.adapters if not (failed or diverged) else self._adapters_before
+        lost = failed or diverged
+        self.kept = not lost and self.steps > 0
+        adapters = self._adapters_before if lost else self.state.adapters
         _assign(self.model.trainable_variables, adapters)
 
     @property
@@ -479,7 +479,7 @@ def _ctrl_c() -> Iterator[list]:
 
 @dataclass
 class _Data:
-    """Records as a run needs them; the held-out ones are None where there are none."""
+    """Records as a run needs them. Without validation, the held-out ones are None."""
 
     encoded: Encoded
     batches: Batches
@@ -497,7 +497,7 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
     size = {"batch_size": batch_size, "batch_tokens": settings.batch_tokens}
     encoded = encode(model, train, **options)
     data = _Data(encoded, Batches(encoded, **size, seed=seed), None, None)
-    if isinstance(validation, Real):
+    if is_number(validation) or isinstance(validation, bool):
         raise ValueError(
             f"validation holds records, not a share of them. Received: validation={validation!r}. "
             "train, held_out = gl.load_records(rows, held_out=0.1) splits them."
@@ -512,17 +512,16 @@ def _prepare(model, train, validation, settings: Settings, batch_size, loss_on, 
 def _settings(model, chosen: dict, batch_size: int | None) -> Settings:
     """Return what is recommended for a model, with what the caller chose instead."""
     batch_tokens = chosen["batch_tokens"]
-    template = chosen["template"]
     if batch_size is not None and batch_tokens is not None:
         raise ValueError(
             "Choose one of batch_size and batch_tokens. Received: "
             f"batch_size={batch_size!r}, batch_tokens={batch_tokens!r}"
         )
-    if template is None:
+    if chosen["template"] is None:
         chosen["template"] = template_of(model)
     given = {name: value for name, value in chosen.items() if value is not None}
     for name in ("learning_rate", "weight_decay"):
-        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], Real)):
+        if name in given and not is_number(given[name]):
             raise ValueError(
                 f"{name} is a number, the same for the whole run, such as "
                 f"{getattr(recommended(model), name):g}. Received: {given[name]!r:.80}"

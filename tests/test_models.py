@@ -330,40 +330,23 @@ def test_a_quantized_preset_is_loaded_as_it_is(tiny_factory, tmp_path, mode):
 @pytest.fixture(scope="module")
 def with_pictures(tmp_path_factory):
     """A folder with a Gemma 3 that has a part for pictures, and the model itself."""
-    tokenizer = keras_hub.models.Gemma3Tokenizer(
-        proto=(models.TINY_FOLDER / "assets/tokenizer/vocabulary.spm").read_bytes(),
-        has_vision_tokens=False,
-    )
+    text = random_gemma("gemma3")
+    config = text.backbone.get_config()
+    size = 16
     encoder = Gemma3VisionEncoder(
-        image_size=16,
+        image_size=size,
         patch_size=4,
         pool_size=2,
         num_layers=1,
         num_heads=2,
         hidden_dim=8,
         intermediate_dim=16,
-        output_dim=32,
+        output_dim=config["hidden_dim"],
     )
     backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=tokenizer.vocabulary_size(),
-        image_size=16,
-        vision_encoder=encoder,
-        num_layers=2,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=32,
-        intermediate_dim=64,
-        head_dim=8,
-        use_query_key_norm=True,
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        use_sliding_window_attention=True,
-        sliding_window_size=16,
+        **config | {"image_size": size, "vision_encoder": encoder}
     )
-    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(
-        tokenizer=tokenizer, image_converter=None, sequence_length=64
-    )
-    model = keras_hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+    model = keras_hub.models.Gemma3CausalLM(preprocessor=text.preprocessor, backbone=backbone)
     folder = tmp_path_factory.mktemp("pictures")
     model.save_to_preset(folder)
     return folder, model

@@ -18,7 +18,7 @@ _NEVER_IN_TEXT = ("<pad>", "<eos>", "<bos>", "<unk>")
 # What Transformers calls the families whose tokenizers can be made here.
 _MODEL_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
 # Kinds that KerasHub itself reads.
-_OTHER_GEMMAS = ("gemma4", "gemma4_text", "gemma3n", "vaultgemma")
+_OTHER_GEMMAS = ("gemma4", "gemma4_text", "gemma3n")
 
 
 def load_preset(kind: type, source: str, **options):
