@@ -291,7 +291,8 @@ def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
     finally:
         bar.close()
         if shown is not None:
-            shown.update({}, raw=True)
+            # nbconvert would warn of an output without any text.
+            shown.update({"text/plain": ""}, raw=True)
 
 
 def _place() -> str:

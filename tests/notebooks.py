@@ -96,6 +96,10 @@ def execute(path: Path, client=NotebookClient, *, fresh: bool = True) -> nbforma
     if client is TerminalClient:
         runner.on_cell_execute = lambda cell, cell_index: announce(notebook, cell_index)
     runner.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            # A bar that counted has left an empty output.
+            cell.outputs = [o for o in cell.outputs if any(o.get("data", {"": True}).values())]
     return notebook
 
 
@@ -182,9 +186,6 @@ def save() -> int:
             notebook.metadata.pop(name, None)
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
-            if cell.cell_type == "code":
-                # A bar that counted has left an empty output.
-                cell.outputs = [o for o in cell.outputs if o.get("data", True)]
         nbformat.write(notebook, path)
         if path == NOTEBOOKS[0]:
             README_PICTURE.parent.mkdir(exist_ok=True)
